@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// attention(): the door. Exact grouped-query attention over plain tensors or any kv_source.
+///
+///     out[b, s, h] = sum over visible t of softmax_t(score(q[b, s, h] . k[b, t, g(h)])) v[b, t, g(h)]
+///
+/// MHA (one head a group), GQA and MQA (one group) are the same call: the numbers of heads say which. Prefill, append
+/// and decode are the same call: the lengths say which, and query positions default to the last ones of the sequence.
+///
+/// Shapes: q [B, S, H, D], k [B, T, G, D], v [B, T, G, E], out [B, S, H, E]. Last axes contiguous, other strides free.
+/// Types: k and v float, double, Eigen::half or Eigen::bfloat16; q the type of k, or float over 16-bit keys; out float,
+/// double or the type of q. Scores, sums and outputs are computed in float (double over double) and rounded once.
+///
+/// Cost: 2 (D + E) operations a visible pair; K and V are read once per group of heads and 96 query rows, never
+/// repeated. Scratch, in the context: a few hundred KB a thread and, in prefill, packed keys and values, 64 MiB at most
+/// unless one KV head needs more.
+///
+/// Read on: detail/schedule.hpp (tasks) -> detail/tile_engine.hpp (one task) -> detail/tile_kernel.hpp (one block) ->
+/// detail/online_softmax.hpp (one row) -> back in the tile engine's finish().
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/detail/schedule.hpp>
+#include <gqa/error.hpp>
+#include <gqa/kv_source.hpp>
+#include <gqa/options.hpp>
+#include <gqa/state.hpp>
+#include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa {
+namespace detail {
+
+template <class T>
+concept attention_element = std::is_same_v<T, float> || std::is_same_v<T, double> || sixteen_bit_float<T>;
+
+template <class T>
+concept output_tensor = tensor_like<T> && !std::is_const_v<element_of<T>>;
+
+template <class T>
+concept output_state = is_partial_state<std::remove_cvref_t<T>> &&
+    !std::is_const_v<typename decltype(std::declval<T>().out)::element_type>;
+
+/// What attention() writes to.
+template <class T>
+concept attention_output = output_tensor<T> || output_state<T>;
+
+template <class Out>
+[[nodiscard]] auto output_view(Out&& out) {
+  if constexpr (output_state<Out>) {
+    return out.out;
+  } else {
+    return as_view(std::forward<Out>(out));
+  }
+}
+
+template <class Q, class Stored>
+concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float>&& sixteen_bit_float<Stored>);
+
+/// The dtype rules of the door, one message each.
+template <class Q, class Source, class Out>
+constexpr void require_dtypes() noexcept {
+  using stored = typename Source::query_element;
+  static_assert(query_element_for<Q, stored>, "gqa: q must have the element type of k, or be float over 16-bit keys");
+  static_assert(std::is_same_v<Out, float> || std::is_same_v<Out, double> || std::is_same_v<Out, Q>,
+                "gqa: out must be float, double or have the element type of q");
+}
+
+/// All checks of a call.
+template <class Q, class Source, class Out>
+[[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                                    const attention_options& options) noexcept {
+  if (const auto f = kv.find_fault()) return f;
+  const auto out_view = output_view(out_or_state);
+  const operand queries = describe("q", q), out = describe("out", out_view);
+  const call_shape shape{kv.batch(),    q.extent(1),   kv.kv_len(),   q.extent(2),
+                         kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  if (const auto f = find_shape_fault(queries, out, shape)) return f;
+  if (const auto f = find_options_fault(options, shape)) return f;
+  for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
+    if (options.kv_lengths[static_cast<std::size_t>(b)] > kv.length(b))
+      return make_fault(errc::length, "options.kv_lengths[%lld]: expected at most %lld, got %lld", printable(b),
+                        printable(kv.length(b)), printable(options.kv_lengths[static_cast<std::size_t>(b)]));
+  }
+  const auto find_overlap = [&](const operand& written) noexcept -> fault {
+    if (const auto f = find_overlap_fault(written, queries)) return f;
+    if constexpr (requires { kv.keys(); }) {
+      if (const auto f = find_overlap_fault(written, describe("k", kv.keys()))) return f;
+      if (const auto f = find_overlap_fault(written, describe("v", kv.values()))) return f;
+    }
+    if (options.mask) {
+      if (const auto f = find_overlap_fault(written, describe("options.mask", *options.mask))) return f;
+    }
+    if (options.bias) return find_overlap_fault(written, describe("options.bias", *options.bias));
+    return {};
+  };
+  if constexpr (output_state<Out>) {
+    if (const auto f = find_lse_fault("out", out_or_state.lse, out_view)) return f;
+    const operand lse = describe_lse("out.lse", out_or_state.lse);
+    if (const auto f = find_overlap_fault(lse, out)) return f;
+    if (const auto f = find_overlap(lse)) return f;
+  }
+  return find_overlap(out);
+}
+
+inline namespace GQA_ISA {
+
+/// The one way in: checks, erases the element types of q and out, runs.
+template <class Q, class Source, class Out, class Variant>
+void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+            const attention_options& options, const Variant& variant, context& ctx) {
+  using A = typename Source::accumulator;
+  const auto out = output_view(out_or_state);
+  require_dtypes<Q, Source, typename decltype(out)::value_type>();
+  if (const auto fault = find_call_fault(q, kv, out_or_state, options)) return raise(fault);
+  if (out.size() == 0) return;
+
+  problem<A> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
+               options,
+               query_rows<A>::of(q),
+               {}};
+  if constexpr (output_state<Out>) {
+    p.out = output_rows<A>::of(out, out_or_state.lse);
+  } else {
+    p.out = output_rows<A>::of(out);
+  }
+  scheduler<A, Source, Variant>(p, kv, variant, ctx).run();
+}
+
+}  // namespace GQA_ISA
+}  // namespace detail
+
+inline namespace GQA_ISA {
+
+/// Attention of q over the keys and values of a source, with a user's variant (variants.hpp).
+/// \param q        [B, S, H, D]
+/// \param kv       source of B sequences and G KV heads; H a multiple of G, or see attention_options::group_offsets
+/// \param out      [B, S, H, E], or a partial_state, whose lse is written too; may share no memory with an input
+/// \param options  see options.hpp
+/// \throws error   for anything that does not fit, before anything is written
+template <tensor_like Q, kv_source KV, detail::attention_output Out, attention_variant Variant>
+void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, const Variant& variant, context& ctx) {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  if constexpr (detail::output_state<Out>) {
+    detail::attend(queries, kv, out, options, variant, ctx);
+  } else {
+    detail::attend(queries, kv, detail::as_view(std::forward<Out>(out)), options, variant, ctx);
+  }
+}
+
+/// The same without a variant.
+template <tensor_like Q, kv_source KV, detail::attention_output Out>
+void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, context& ctx) {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  constexpr detail::no_variant none;
+  if constexpr (detail::output_state<Out>) {
+    detail::attend(queries, kv, out, options, none, ctx);
+  } else {
+    detail::attend(queries, kv, detail::as_view(std::forward<Out>(out)), options, none, ctx);
+  }
+}
+
+/// On the calling thread.
+template <tensor_like Q, kv_source KV, detail::attention_output Out>
+void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) {
+  context ctx;
+  attention(std::forward<Q>(q), kv, std::forward<Out>(out), options, ctx);
+}
+
+/// Attention of q [B, S, H, D] over plain keys k [B, T, G, D] and values v [B, T, G, E].
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out, attention_variant Variant>
+void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, const Variant& variant, context& ctx) {
+  attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options,
+            variant, ctx);
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, context& ctx) {
+  attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options, ctx);
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options = {}) {
+  attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
+}
+
+/// The checks of attention(), and nothing else: errc::ok if the call would run.
+template <tensor_like Q, kv_source KV, detail::attention_output Out>
+[[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) noexcept {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  if constexpr (detail::output_state<Out>) {
+    return detail::find_call_fault(queries, kv, out, options).code;
+  } else {
+    return detail::find_call_fault(queries, kv, detail::as_view(std::forward<Out>(out)), options).code;
+  }
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+[[nodiscard]] errc check(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options = {}) noexcept {
+  return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

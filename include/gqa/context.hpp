@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// context: who runs the tasks of a call, and the scratch memory they use. Owned by the caller; nothing is global.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/pool_executor.hpp>
+#include <gqa/detail/task.hpp>
+#include <gqa/error.hpp>
+
+namespace gqa {
+
+/// Anything that runs tasks: `concurrency()` is the number of workers, `run(tasks, f)` calls f(task, worker) for every
+/// task in [0, tasks) and returns when all have run. Workers are numbered below concurrency(); no two running tasks
+/// share a number. `f` is const, copyable, and takes integers.
+template <class E>
+concept executor = requires(E& e, const detail::task_ref& f) {
+  { e.concurrency() } -> std::convertible_to<index_t>;
+  e.run(index_t{1}, f);
+};
+
+/// Executor and scratch memory of a caller. Scratch grows to what the largest call needed and is reused, so a repeated
+/// call allocates nothing. One caller at a time; results do not depend on which context runs them.
+class context {
+ public:
+  /// Everything runs on the calling thread.
+  context() noexcept = default;
+
+  /// Runs on the caller's pool, kept by reference, and the calling thread: NumThreads() workers in all. A call made
+  /// from one of the pool's own workers does not deadlock.
+  explicit context(Eigen::ThreadPoolInterface& pool) : pool_(std::make_unique<detail::pool_executor>(pool)) {
+    bind(*pool_);
+  }
+
+  /// Runs on any executor, kept by reference.
+  template <executor E>
+  explicit context(E& e) {
+    bind(e);
+  }
+
+  context(const context&) = delete;
+  context& operator=(const context&) = delete;
+  ~context() { ::operator delete(scratch_, alignment); }
+
+  /// Makes room for calls that need up to `bytes` of scratch, so that they allocate nothing.
+  /// \throws error (errc::capacity) if the memory cannot be had; what was there before stays.
+  void reserve(std::size_t bytes) { static_cast<void>(detail_scratch(bytes)); }
+
+  /// Number of workers, at least 1.
+  [[nodiscard]] index_t concurrency() const {
+    return executor_ == nullptr ? 1 : std::max<index_t>(concurrency_(executor_), 1);
+  }
+
+  /// Calls f(task, worker) for every task in [0, tasks), in any order. An exception of a task reaches the caller after
+  /// all others have run.
+  template <class F>
+  void for_each(index_t tasks, const F& f) {
+    if (executor_ == nullptr || tasks <= 1) return for_each_serially(tasks, f);
+#ifdef GQA_NO_EXCEPTIONS
+    run_(executor_, tasks, detail::task_ref::to(f));
+#else
+    std::exception_ptr first;
+    std::mutex first_mutex;
+    const auto guarded = [&](index_t task, index_t worker) {
+      try {
+        f(task, worker);
+      } catch (...) {
+        const std::lock_guard lock(first_mutex);
+        if (!first) first = std::current_exception();
+      }
+    };
+    run_(executor_, tasks, detail::task_ref::to(guarded));
+    if (first) std::rethrow_exception(first);
+#endif
+  }
+
+  /// The same on the calling thread, as worker 0, in ascending order.
+  template <class F>
+  static void for_each_serially(index_t tasks, const F& f) {
+    for (index_t task = 0; task < tasks; ++task) f(task, index_t{0});
+  }
+
+  /// Internal: `bytes` of scratch aligned to a cache line, with the contents of no particular call; nullptr after a
+  /// capacity error where exceptions are off.
+  [[nodiscard]] std::byte* detail_scratch(std::size_t bytes) {
+    if (bytes > scratch_bytes_) {
+      void* const grown = ::operator new(bytes, alignment, std::nothrow);
+      if (grown == nullptr) {
+        detail::raise(
+            detail::make_fault(errc::capacity, "context: expected room for %zu bytes of scratch, got none", bytes));
+        return nullptr;
+      }
+      ::operator delete(scratch_, alignment);
+      scratch_ = static_cast<std::byte*>(grown);
+      scratch_bytes_ = bytes;
+    }
+    return scratch_;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  template <class E>
+  void bind(E& e) noexcept {
+    executor_ = std::addressof(e);
+    concurrency_ = [](void* self) { return static_cast<index_t>(static_cast<E*>(self)->concurrency()); };
+    run_ = [](void* self, index_t tasks, const detail::task_ref& task) { static_cast<E*>(self)->run(tasks, task); };
+  }
+
+  std::unique_ptr<detail::pool_executor> pool_;
+  void* executor_ = nullptr;
+  index_t (*concurrency_)(void*) = nullptr;
+  void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
+  std::byte* scratch_ = nullptr;
+  std::size_t scratch_bytes_ = 0;
+};
+
+}  // namespace gqa

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// The softmax of a row, one tile of 64 scores at a time (Milakov and Gimelshein 2018; Dao et al. 2022), and the
+/// algebra of its raw states.
+///
+/// A raw state is (max, sum, out): the running maximum m of the base-2 scores s, sum of 2^(s - m), and sum of
+/// 2^(s - m) v, not normalised. It is empty at m = -inf with sum = 0 and out = 0. Steps and merges rescale by the row's
+/// own maxima only, so a row's bits do not depend on its neighbours.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numbers>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/exp2.hpp>
+#include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/tile.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+template <class A>
+inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+/// Raw states of the rows of a tile of rows: max [R], sum [R], out [R, padded E].
+template <class A>
+struct raw_states {
+  A* max;
+  A* sum;
+  A* out;
+};
+
+/// Takes 64 base-2 scores of one row, all hidden ones -inf, and turns them into weights 2^(s - m) in place.
+/// Updates the row's maximum and its sum, kept in lanes; returns the factor alpha <= 1 on everything summed so far.
+template <class A>
+[[nodiscard]] A softmax_step(A* s /* [64] */, A& max, A* lanes /* [packet_size] */) noexcept {
+  constexpr int width = packet_size<A>;
+  constexpr int vectors = static_cast<int>(tile_tokens) / width;
+  packet<A> top = load(s);
+  for (int v = 1; v < vectors; ++v) top = max_or_nan(top, load(s + v * width));
+  A alpha{1};
+  if (any_less<A>(broadcast(max), top)) {
+    const A raised = max_lane<A>(top);
+    if (raised > max) {  // not so if a lane is NaN: the weights will carry it
+      alpha = exp2_nonpositive_scalar(max - raised);
+      max = raised;
+    }
+  }
+  // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
+  const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
+  packet<A> sum = zeros<A>();
+  for (int v = 0; v < vectors; ++v) {
+    const packet<A> weight = exp2_nonpositive<A>(sub(load(s + v * width), shift));
+    store(s + v * width, weight);
+    sum = add(sum, weight);
+  }
+  store(lanes, madd(load(lanes), broadcast(alpha), sum));
+  return alpha;
+}
+
+/// The sum of a row's lanes, as a tree: the one horizontal sum, at the end of a split.
+template <class A>
+[[nodiscard]] A sum_lanes(const A* lanes) noexcept {
+  A tree[packet_size<A>];
+  for (int i = 0; i < packet_size<A>; ++i) tree[i] = lanes[i];
+  for (int half = packet_size<A> / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
+  }
+  return tree[0];
+}
+
+/// self <- self (+) other for one row, over disjoint keys. An empty state changes nothing, or is replaced exactly.
+template <class A>
+void merge_row(const raw_states<A>& self, const raw_states<A>& other, index_t row, index_t out_stride) noexcept {
+  constexpr index_t width = packet_size<A>;
+  A* const out = self.out + row * out_stride;
+  const A* const more = other.out + row * out_stride;
+  const A top = other.max[row] > self.max[row] ? other.max[row] : self.max[row];
+  const A shift = top == minus_infinity<A> ? A{0} : top;
+  const A keep = exp2_nonpositive_scalar(self.max[row] - shift), take = exp2_nonpositive_scalar(other.max[row] - shift);
+  self.max[row] = top;
+  self.sum[row] = scalar_madd(other.sum[row], take, scalar_mul(self.sum[row], keep));
+  const packet<A> keep_all = broadcast(keep), take_all = broadcast(take);
+  for (index_t e = 0; e < out_stride; e += width)
+    store(out + e, madd(load(more + e), take_all, mul<A>(load(out + e), keep_all)));
+}
+
+/// A row's weights and log-sum-exp, once all its keys and its sink have been seen.
+template <class A>
+struct finished_row {
+  A scale;  // out * scale / sum is the attention output
+  A sum;    // 0 if the row saw nothing, sink included
+  A lse;    // natural logarithm
+};
+
+/// Joins a row's sink logit (natural units, -inf for none), which adds to the sum and has value 0.
+template <class A>
+[[nodiscard]] finished_row<A> finish_row(A max, A sum, A sink) noexcept {
+  const A sink2 = scalar_mul(sink, std::numbers::log2e_v<A>);
+  const A top = sink2 > max ? sink2 : max;
+  if (top == minus_infinity<A> && sum == A{0}) return {A{0}, A{0}, minus_infinity<A>};
+  const A shift = top == minus_infinity<A> ? A{0} : top;
+  const A scale = exp2_nonpositive_scalar(max - shift);
+  const A total = scalar_madd(sum, scale, exp2_nonpositive_scalar(sink2 - shift));
+  const double lse = scalar_madd(static_cast<double>(shift), std::numbers::ln2, std::log(static_cast<double>(total)));
+  // With only the sink the logarithm is the sink itself, unrounded.
+  return {scale, total, sum == A{0} ? sink : static_cast<A>(lse)};
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// A checked call, element types of queries and output erased: what the tile engine works from.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <type_traits>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/visibility.hpp>
+#include <gqa/options.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// NaN as stored: one bit pattern whatever its origin, so that equal results are equal bytes.
+template <class A>
+[[nodiscard]] inline A canonical(A x) noexcept {
+  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
+}
+
+/// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once.
+template <class A>
+struct query_rows {
+  const void* data = nullptr;
+  std::array<index_t, 3> strides{};
+  void (*load_row)(const void*, index_t offset, index_t dim, double factor, A* to) noexcept = nullptr;
+
+  template <class Q>
+  static query_rows of(const tensor_view<const Q, 4>& q) noexcept {
+    return {q.data(),
+            {q.stride(0), q.stride(1), q.stride(2)},
+            [](const void* base, index_t offset, index_t dim, double factor, A* to) noexcept {
+              const Q* const row = static_cast<const Q*>(base) + offset;
+              for (index_t d = 0; d < dim; ++d)
+                to[d] = static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor);
+            }};
+  }
+
+  void load(index_t b, index_t s, index_t h, index_t dim, double factor, A* to) const noexcept {
+    load_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, factor, to);
+  }
+};
+
+/// Rows of the output, [B, S, H, E], and of the log-sum-exp, [B, S, H], where it is wanted.
+template <class A>
+struct output_rows {
+  void* data = nullptr;
+  std::array<index_t, 3> strides{};
+  void (*store_row)(void*, index_t offset, index_t dim, const A* out, A scale, A sum) noexcept = nullptr;
+  void* lse = nullptr;
+  std::array<index_t, 3> lse_strides{};
+  void (*store_lse)(void*, index_t offset, A lse) noexcept = nullptr;
+
+  template <class Out>
+  static output_rows of(const tensor_view<Out, 4>& out) noexcept {
+    output_rows rows;
+    rows.data = out.data();
+    rows.strides = {out.stride(0), out.stride(1), out.stride(2)};
+    rows.store_row = [](void* base, index_t offset, index_t dim, const A* from, A scale, A sum) noexcept {
+      Out* const row = static_cast<Out*>(base) + offset;
+      for (index_t e = 0; e < dim; ++e) {
+        const A quotient = scalar_mul(from[e], scale) / sum;
+        row[e] = static_cast<Out>(sum == A{0} ? A{0} : canonical(quotient + A{0}));  // + 0: no negative zero
+      }
+    };
+    return rows;
+  }
+
+  template <class Out, class L>
+  static output_rows of(const tensor_view<Out, 4>& out, const tensor_view<L, 3>& lse) noexcept {
+    output_rows rows = of(out);
+    rows.lse = lse.data();
+    rows.lse_strides = {lse.stride(0), lse.stride(1), lse.stride(2)};
+    rows.store_lse = [](void* base, index_t offset, A value) noexcept {
+      static_cast<L*>(base)[offset] = static_cast<L>(canonical(value));
+    };
+    return rows;
+  }
+
+  void store(index_t b, index_t s, index_t h, index_t dim, const A* from, A scale, A sum, A row_lse) const noexcept {
+    store_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, from, scale, sum);
+    if (lse != nullptr) store_lse(lse, b * lse_strides[0] + s * lse_strides[1] + h * lse_strides[2], row_lse);
+  }
+};
+
+template <class A>
+struct problem {
+  call_shape shape;
+  attention_options options;
+  query_rows<A> q;
+  output_rows<A> out;
+
+  [[nodiscard]] double scale() const noexcept {
+    return options.scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
+  }
+  [[nodiscard]] interval_rule interval() const noexcept { return {options.causal, options.window}; }
+
+  /// Query heads of a KV head: [first_head(g), first_head(g) + group_size(g)).
+  [[nodiscard]] index_t first_head(index_t g) const noexcept {
+    return options.group_offsets.empty() ? g * (shape.q_heads / shape.kv_heads)
+                                         : options.group_offsets[static_cast<std::size_t>(g)];
+  }
+  [[nodiscard]] index_t group_size(index_t g) const noexcept { return first_head_after(g) - first_head(g); }
+  [[nodiscard]] index_t largest_group() const noexcept {
+    index_t largest = 0;
+    for (index_t g = 0; g < shape.kv_heads; ++g) largest = std::max(largest, group_size(g));
+    return largest;
+  }
+
+  /// Absolute position of a sequence's first query, given its number of valid keys.
+  [[nodiscard]] index_t query_offset(index_t b, index_t length) const noexcept {
+    if (options.query_offset) return *options.query_offset;
+    if (!options.query_offsets.empty()) return options.query_offsets[static_cast<std::size_t>(b)];
+    return length - shape.q_len;
+  }
+
+ private:
+  [[nodiscard]] index_t first_head_after(index_t g) const noexcept {
+    return options.group_offsets.empty() ? first_head(g + 1) : options.group_offsets[static_cast<std::size_t>(g) + 1];
+  }
+};
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// From products to base-2 scores: softcap, bias, ALiBi and a variant's own function.
+///
+/// Plain attention needs none of it: scale and log2(e) are folded into the queries when they are loaded. Otherwise the
+/// queries carry the scale alone and each row of products takes the passes below.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <numbers>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// A query row, as masks, biases and variants index it.
+struct row_index {
+  index_t batch, query, q_head;  // query: index in the call
+  index_t position;              // absolute
+};
+
+/// Row (b, h, s) of a [B|1, H|1, S, T] tensor, as a pointer to key 0; the stride between keys is view.stride(3).
+template <class T>
+[[nodiscard]] inline const T* mask_row(const tensor_view<const T, 4>& view, const row_index& row) noexcept {
+  const index_t b = view.extent(0) == 1 ? 0 : row.batch, h = view.extent(1) == 1 ? 0 : row.q_head;
+  return view.data() + b * view.stride(0) + h * view.stride(1) + row.query * view.stride(2);
+}
+
+template <class A, class Variant>
+class score_rules {
+ public:
+  score_rules(const problem<A>& p, const Variant& variant) noexcept
+      : options_(p.options),
+        variant_(variant),
+        plain_(!scores<Variant, A> && options_.softcap == 0 && !options_.bias && options_.alibi_slopes.empty()),
+        query_factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
+
+  [[nodiscard]] bool is_plain() const noexcept { return plain_; }
+  [[nodiscard]] double query_factor() const noexcept { return query_factor_; }
+
+  /// Columns [begin, end) of a row's 64 products with the keys from first_key on. Bits: the columns that are visible;
+  /// hidden ones within the range may come out as anything.
+  void apply(A* s, index_t begin, index_t end, std::uint64_t bits, const row_index& row, index_t first_key) const {
+    if (options_.softcap != 0) cap(s, begin, end);
+    // Tensors are only read at keys there are: between the first and the last visible one.
+    const index_t first = std::countr_zero(bits), last = tile_tokens - std::countl_zero(bits);
+    if (options_.bias) {
+      const index_t stride = options_.bias->stride(3);
+      const float* const bias = mask_row(*options_.bias, row) + first_key * stride;
+      for (index_t c = first; c < last; ++c) s[c] += static_cast<A>(bias[c * stride]);
+    }
+    if (!options_.alibi_slopes.empty()) {
+      const A slope = static_cast<A>(options_.alibi_slopes[static_cast<std::size_t>(row.q_head)]);
+      for (index_t c = first; c < last; ++c)
+        s[c] = scalar_madd(slope, static_cast<A>(first_key + c - row.position), s[c]);
+    }
+    if constexpr (scores<Variant, A>) {
+      for (index_t c = first; c < last; ++c) {
+        if ((bits >> c & 1) == 0) continue;
+        s[c] = static_cast<A>(variant_.score(s[c], position{row.batch, row.q_head, row.position, first_key + c}));
+      }
+    }
+    const packet<A> log2e = broadcast(std::numbers::log2e_v<A>);
+    for (index_t c = begin; c < end; c += packet_size<A>) store(s + c, mul<A>(load(s + c), log2e));
+  }
+
+ private:
+  void cap(A* s, index_t begin, index_t end) const noexcept {
+    const packet<A> cap = broadcast(static_cast<A>(options_.softcap));
+    const packet<A> inverse = broadcast(static_cast<A>(1.0 / options_.softcap));
+    for (index_t c = begin; c < end; c += packet_size<A>)
+      store(s + c, mul<A>(cap, detail::tanh<A>(mul<A>(load(s + c), inverse))));
+  }
+
+  const attention_options& options_;
+  const Variant& variant_;
+  bool plain_;
+  double query_factor_;
+};
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

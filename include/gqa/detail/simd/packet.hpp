@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// The SIMD vocabulary of the kernels, over Eigen's packets: whatever Eigen vectorises, the library does.
+///
+/// Two rules keep results independent of how the compiler arranges the code around an operation:
+///   * madd() is one rounding where the ISA has a fused multiply-add and two where it has not, never a mixture;
+///   * mul() is a product that the compiler may not fuse into a later addition. (GCC contracts a*b + c across
+///   intrinsics
+///     by default; an fma with -0 as its addend is the exact product rounded once, and has no addition left to fuse.)
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include <Eigen/Core>
+
+#include <gqa/config.hpp>
+
+// GCC says of every packet type that a template ignores its attributes (true and harmless), and of GCC 12's own
+// AVX-512 intrinsics that they read their undefined merge operand (https://gcc.gnu.org/PR105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// The widest packet of accumulators A (float or double); A itself where Eigen does not vectorise.
+template <class A>
+using packet = typename Eigen::internal::packet_traits<A>::type;
+
+/// Elements in a packet.
+template <class A>
+inline constexpr int packet_size = Eigen::internal::unpacket_traits<packet<A>>::size;
+
+/// Vector registers of the ISA, which bound the micro-kernel's block.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int packet_registers = 32;
+#else
+inline constexpr int packet_registers = 16;
+#endif
+
+template <class A>
+[[nodiscard]] inline packet<A> load(const A* from) noexcept {
+  return Eigen::internal::ploadu<packet<A>>(from);
+}
+
+template <class A>
+inline void store(A* to, const packet<A>& x) noexcept {
+  Eigen::internal::pstoreu(to, x);
+}
+
+/// Asks for the cache line `bytes` after `base`, which need not lie in the same object, or anywhere.
+inline void prefetch(const void* base, index_t bytes) noexcept {
+#if defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes));
+#else
+  static_cast<void>(base), static_cast<void>(bytes);
+#endif
+}
+
+template <class A>
+[[nodiscard]] inline packet<A> broadcast(A x) noexcept {
+  return Eigen::internal::pset1<packet<A>>(x);
+}
+
+template <class A>
+[[nodiscard]] inline packet<A> zeros() noexcept {
+  return Eigen::internal::pzero(packet<A>{});
+}
+
+template <class P>
+[[nodiscard]] inline P add(const P& a, const P& b) noexcept {
+  return Eigen::internal::padd(a, b);
+}
+
+template <class P>
+[[nodiscard]] inline P sub(const P& a, const P& b) noexcept {
+  return Eigen::internal::psub(a, b);
+}
+
+/// a * b + c.
+template <class P>
+[[nodiscard]] inline P madd(const P& a, const P& b, const P& c) noexcept {
+  if constexpr (std::is_floating_point_v<P>) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  } else {
+    return Eigen::internal::pmadd(a, b, c);
+  }
+}
+
+/// a * b, rounded once and for all.
+template <class A>
+[[nodiscard]] inline packet<A> mul(const packet<A>& a, const packet<A>& b) noexcept {
+#if defined(__FMA__) || defined(__aarch64__)
+  return madd(a, b, broadcast(A{-0.0}));
+#else
+  return Eigen::internal::pmul(a, b);
+#endif
+}
+
+/// The larger of each pair of lanes; `a` where `a` is NaN.
+template <class P>
+[[nodiscard]] inline P max_or_nan(const P& a, const P& b) noexcept {
+  return Eigen::internal::pmax(a, b);
+}
+
+/// True if a lane of `a` is below the same lane of `b`.
+template <class A>
+[[nodiscard]] inline bool any_less(const packet<A>& a, const packet<A>& b) noexcept {
+  if constexpr (packet_size<A> == 1) {
+    return a < b;
+#if defined(__AVX512F__)  // Eigen's comparison would expand the mask to a packet and compare again
+  } else if constexpr (packet_size<A> == 16) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
+  } else if constexpr (sizeof(packet<A>) == 64) {
+    return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0;
+#endif
+  } else {
+    return Eigen::internal::predux_any(Eigen::internal::pcmp_lt(a, b));
+  }
+}
+
+/// The largest lane; unspecified if one is NaN.
+template <class A>
+[[nodiscard]] inline A max_lane(const packet<A>& x) noexcept {
+  return Eigen::internal::predux_max(x);
+}
+
+/// The first lane.
+template <class A>
+[[nodiscard]] inline A first_lane(const packet<A>& x) noexcept {
+  return Eigen::internal::pfirst(x);
+}
+
+#if defined(__AVX512F__)
+/// 16 x 16 floats in 64 shuffles: 32-bit, then 64-bit pairs within 128-bit lanes, then the lanes themselves. (Eigen's
+/// goes through 256-bit halves, some 190 instructions.)
+inline void transpose_16x16(__m512 (&rows)[16]) noexcept {
+  __m512 t[16];
+  GQA_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  GQA_UNROLL
+  for (int i = 0; i < 16; i += 4) {  // rows[i + j]: column 4 l + j of rows i .. i + 3, in lane l
+    rows[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    rows[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    rows[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    rows[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  GQA_UNROLL
+  for (int j = 0; j < 4; ++j) {  // lanes 0, 2 and 1, 3 of the upper and the lower eight rows
+    t[j] = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0xdd);
+    t[12 + j] = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0xdd);
+  }
+  GQA_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = _mm512_shuffle_f32x4(t[j], t[4 + j], 0x88);
+    rows[8 + j] = _mm512_shuffle_f32x4(t[j], t[4 + j], 0xdd);
+    rows[4 + j] = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0x88);
+    rows[12 + j] = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0xdd);
+  }
+}
+#endif
+
+/// Transposes a square of packet_size<A> packets in registers.
+template <class A>
+inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
+#if defined(__AVX512F__)
+  if constexpr (packet_size<A> == 16) {
+    transpose_16x16(rows);
+    return;
+  }
+#endif
+  if constexpr (packet_size < A >> 1) {
+    Eigen::internal::PacketBlock<packet<A>, packet_size<A>> block;
+    GQA_UNROLL
+    for (int i = 0; i < packet_size<A>; ++i) block.packet[i] = rows[i];
+    Eigen::internal::ptranspose(block);
+    GQA_UNROLL
+    for (int i = 0; i < packet_size<A>; ++i) rows[i] = block.packet[i];
+  }
+}
+
+/// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane.
+template <class A>
+[[nodiscard]] inline packet<A> tanh(const packet<A>& x) noexcept {
+  if constexpr (std::is_same_v<A, float> && packet_size < A >> 1) {
+    // Eigen's ptanh clamps its argument, which loses NaN.
+    const packet<A> is_number = Eigen::internal::pcmp_eq(x, x);
+    return Eigen::internal::pselect(is_number, Eigen::internal::ptanh(x), x);
+  } else {
+    alignas(64) A lanes[packet_size<A>];
+    store(lanes, x);
+    for (A& lane : lanes) lane = std::tanh(lane);
+    return load(lanes);
+  }
+}
+
+/// The bits of each lane of `t` shifted left into the exponent: 2^(i - bias) if the low bits of t's mantissa hold i.
+template <class A>
+[[nodiscard]] inline packet<A> shift_into_exponent(const packet<A>& t) noexcept {
+  using bits = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
+  constexpr int mantissa_bits = sizeof(A) == 4 ? 23 : 52;
+  if constexpr (packet_size<A> == 1) {
+    using unsigned_bits = std::make_unsigned_t<bits>;
+    return std::bit_cast<A>(static_cast<unsigned_bits>(std::bit_cast<unsigned_bits>(t) << mantissa_bits));
+  } else {
+    typedef bits vector __attribute__((vector_size(sizeof(packet<A>))));
+    return std::bit_cast<packet<A>>(std::bit_cast<vector>(t) << mantissa_bits);
+  }
+}
+
+/// a * b + c of scalars, by the rule of the packets.
+template <class A>
+[[nodiscard]] inline A scalar_madd(A a, A b, A c) noexcept {
+#if defined(__FMA__) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+/// a * b of scalars, by the rule of the packets.
+template <class A>
+[[nodiscard]] inline A scalar_mul(A a, A b) noexcept {
+  return scalar_madd(a, b, A{-0.0});
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

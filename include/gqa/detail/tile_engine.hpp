@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// The tile engine: a tile of query rows against a run of key tiles, by the one micro-kernel.
+///
+/// The rows of a (sequence, KV head) are its query positions times the heads of the group, position-major: row r is
+/// position r / group_size, head r % group_size. All of them read the same keys, so a tile of up to 96 rows mixes heads
+/// and positions, and each key tile is read once for all. For one key tile of n = 64 tokens and R rows:
+///
+///     visible bits -> S [R, n] = Q K^T -> rules -> hide -> weights P, alpha [R] -> O [R, E] = alpha O + P V
+///
+/// 2 R n (D + E) operations on R n scores in L1 and n (D + E) elements of K and V, which stay in L1 and L2 while R rows
+/// use them: at R = 96, D = E = 128 that is 48 multiply-adds per element loaded.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/online_softmax.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/score_rules.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile_kernel.hpp>
+#include <gqa/detail/visibility.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// Rows of a tile: a multiple of the register block; its queries, scores and outputs (96 x (128 + 64 + 2 x 128) floats,
+/// 172 KB) stay in L2 beside a tile of K and V.
+inline constexpr index_t row_tile_rows = 96;
+
+/// Some rows of a (sequence, KV head).
+struct row_tile {
+  index_t b, g;
+  index_t first, rows;  // rows [first, first + rows)
+};
+
+/// A key tile of a KV head.
+struct tile_index {
+  index_t g, i;
+};
+
+/// Scratch of one worker, carved from one piece of memory.
+template <class A>
+struct workspace {
+  A* q;                    // [rows, q_stride]
+  A* s;                    // [rows, 64]
+  A* lanes;                // [rows, packet_size]
+  A* alpha;                // [rows]
+  raw_states<A> current;   // of the split at work
+  raw_states<A> total;     // of the splits before it
+  A* tile;                 // of the source
+  std::uint64_t* visible;  // [rows], a bit a key of the tile at work
+
+  /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
+  static std::size_t carve(std::byte* memory, index_t rows, index_t q_stride, index_t out_stride, index_t tile_elements,
+                           workspace& w) noexcept {
+    std::size_t used = 0;
+    const auto take = [&]<class T>(T*& piece, index_t count) {
+      piece = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
+      used += static_cast<std::size_t>(round_up(count * static_cast<index_t>(sizeof(T)), 64));
+    };
+    const auto take_states = [&](raw_states<A>& states) {
+      take(states.max, rows);
+      take(states.sum, rows);
+      take(states.out, rows * out_stride);
+    };
+    take(w.q, rows * q_stride);
+    take(w.s, rows * tile_tokens);
+    take(w.lanes, rows * packet_size<A>);
+    take(w.alpha, rows);
+    take(w.visible, rows);
+    take_states(w.current);
+    take_states(w.total);
+    take(w.tile, tile_elements);
+    return used;
+  }
+};
+
+template <class A, class Source, class Variant>
+class tile_engine {
+ public:
+  tile_engine(const problem<A>& p, const Source& kv, const Variant& variant) noexcept
+      : problem_(p),
+        kv_(kv),
+        variant_(variant),
+        rules_(p, variant),
+        interval_(p.interval()),
+        reads_rows_(rules_.is_plain() && row_kernel_takes<A>(p.shape.head_dim, p.shape.value_dim)) {}
+
+  /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
+  [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
+  [[nodiscard]] index_t out_stride() const noexcept { return padded_value_dim(problem_.shape.value_dim); }
+
+  [[nodiscard]] index_t length(index_t b) const noexcept {
+    const auto& lengths = problem_.options.kv_lengths;
+    return lengths.empty() ? kv_.length(b) : lengths[static_cast<std::size_t>(b)];
+  }
+  [[nodiscard]] index_t rows_of(index_t g) const noexcept { return problem_.shape.q_len * problem_.group_size(g); }
+
+  /// Key tiles [begin, end) that some of the queries [first, last] of a sequence may see.
+  [[nodiscard]] key_range tiles_of(index_t b, index_t first, index_t last) const noexcept {
+    const index_t keys = length(b), offset = problem_.query_offset(b, keys);
+    const index_t begin = interval_.keys_of(offset + first, keys).begin;
+    const index_t end = interval_.keys_of(offset + last, keys).end;
+    if (end <= begin) return {0, 0};
+    return {begin / tile_tokens, ceil_div(end, tile_tokens)};
+  }
+  [[nodiscard]] key_range tiles_of(const row_tile& t) const noexcept {
+    const index_t group = problem_.group_size(t.g);
+    return tiles_of(t.b, t.first / group, (t.first + t.rows - 1) / group);
+  }
+
+  /// Valid tokens of a key tile.
+  [[nodiscard]] index_t tokens_of(index_t b, index_t tile) const noexcept {
+    return std::min(tile_tokens, length(b) - tile * tile_tokens);
+  }
+
+  void load_queries(const row_tile& t, workspace<A>& w) const noexcept {
+    for (index_t r = 0; r < t.rows; ++r) {
+      const row_index row = index_of(t, r);
+      problem_.q.load(row.batch, row.query, row.q_head, problem_.shape.head_dim, rules_.query_factor(),
+                      w.q + r * q_stride());
+    }
+  }
+
+  /// Starts a split: rows that have seen nothing.
+  void begin_split(const row_tile& t, workspace<A>& w, const raw_states<A>& states) const noexcept {
+    clear(t, states);
+    std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
+  }
+
+  /// Attends to key tile i of the split. tile_at(b, g, i, scratch) packs it or finds it packed; `next` is the row tile
+  /// and key tile that will be attended to afterwards, a hint for prefetching.
+  template <class TileAt>
+  void attend(const row_tile& t, index_t i, const tile_index& next, const TileAt& tile_at, workspace<A>& w,
+              const raw_states<A>& states) const {
+    const visibility seen = find_visible(t, i, w.visible);
+    if (seen == visibility::none) return;
+    if constexpr (has_rows) {
+      // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN.
+      if (seen == visibility::all && t.rows <= block_rows && reads_rows_) {
+        auto rows = kv_.rows(t.b, t.g, i);
+        rows.next_k = kv_.rows(t.b, next.g, next.i).k;
+        return attend_rows(t, rows, w, states);
+      }
+    }
+    attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+  }
+
+  /// Ends a split: adds up the lanes of the sums.
+  void end_split(const row_tile& t, const workspace<A>& w, const raw_states<A>& states) const noexcept {
+    for (index_t r = 0; r < t.rows; ++r) states.sum[r] = sum_lanes(w.lanes + r * packet_size<A>);
+  }
+
+  void merge(const row_tile& t, const raw_states<A>& self, const raw_states<A>& other) const noexcept {
+    for (index_t r = 0; r < t.rows; ++r) merge_row(self, other, r, out_stride());
+  }
+
+  /// Joins the sinks, normalises and writes the rows.
+  void finish(const row_tile& t, const raw_states<A>& states) const noexcept {
+    const auto& sinks = problem_.options.sinks;
+    for (index_t r = 0; r < t.rows; ++r) {
+      const row_index row = index_of(t, r);
+      const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(row.q_head)]);
+      const finished_row<A> done = finish_row(states.max[r], states.sum[r], sink);
+      problem_.out.store(row.batch, row.query, row.q_head, problem_.shape.value_dim, states.out + r * out_stride(),
+                         done.scale, done.sum, done.lse);
+    }
+  }
+
+  /// The states of rows that saw no key at all.
+  void clear(const row_tile& t, const raw_states<A>& states) const noexcept {
+    std::fill_n(states.max, t.rows, minus_infinity<A>);
+    std::fill_n(states.sum, t.rows, A{0});
+    std::fill_n(states.out, t.rows * out_stride(), A{0});
+  }
+
+ private:
+  static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
+  static constexpr bool has_rows = requires(const Source& kv) { kv.rows(index_t{}, index_t{}, index_t{}); };
+
+  [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
+    const index_t group = problem_.group_size(t.g), s = (t.first + r) / group;
+    return {t.b, s, problem_.first_head(t.g) + (t.first + r) % group, problem_.query_offset(t.b, length(t.b)) + s};
+  }
+
+  /// Fills the bits of each row for key tile i, and says whether none or all of its 64 keys are seen by every row.
+  [[nodiscard]] visibility find_visible(const row_tile& t, index_t i, std::uint64_t* visible) const {
+    const index_t keys = length(t.b), first_key = i * tile_tokens, group = problem_.group_size(t.g);
+    const index_t first_query = problem_.query_offset(t.b, keys) + t.first / group;
+    const index_t last_query = problem_.query_offset(t.b, keys) + (t.first + t.rows - 1) / group;
+    visibility block = visibility::all;
+    if constexpr (hides_blocks<Variant>) {
+      const index_t head = problem_.first_head(t.g);
+      block = variant_.visible(key_block{t.b, head, head + group, first_query, last_query + 1, first_key,
+                                         std::min(first_key + tile_tokens, keys)});
+      if (block == visibility::none) return block;
+    } else if constexpr (hides_positions<Variant>) {
+      block = visibility::some;
+    }
+    // Interval ends grow with the position: the last row's begin and the first row's end bound all rows.
+    const bool whole = interval_.keys_of(last_query, keys).begin <= first_key &&
+                       interval_.keys_of(first_query, keys).end >= first_key + tile_tokens;
+    if (whole && !problem_.options.mask && block == visibility::all) {
+      std::fill_n(visible, t.rows, all_keys);
+      return visibility::all;
+    }
+    std::uint64_t any = 0;
+    for (index_t r = 0; r < t.rows; ++r) {
+      const row_index row = index_of(t, r);
+      const key_range seen = interval_.keys_of(row.position, keys);
+      std::uint64_t bits = bits_between(seen.begin - first_key, seen.end - first_key);
+      if (problem_.options.mask) bits = keep_unmasked(bits, row, first_key);
+      if (block == visibility::some) bits = keep_visible(bits, row, first_key);
+      visible[r] = bits;
+      any |= bits;
+    }
+    return any == 0 ? visibility::none : visibility::some;
+  }
+
+  [[nodiscard]] std::uint64_t keep_unmasked(std::uint64_t bits, const row_index& row,
+                                            index_t first_key) const noexcept {
+    if (bits == 0) return 0;
+    const index_t stride = problem_.options.mask->stride(3);
+    const bool* const mask = mask_row(*problem_.options.mask, row) + first_key * stride;
+    const index_t last = tile_tokens - std::countl_zero(bits);
+    for (index_t c = std::countr_zero(bits); c < last; ++c) {
+      if (!mask[c * stride]) bits &= ~(std::uint64_t{1} << c);
+    }
+    return bits;
+  }
+
+  [[nodiscard]] std::uint64_t keep_visible(std::uint64_t bits, const row_index& row, index_t first_key) const {
+    for (std::uint64_t left = bits; left != 0; left &= left - 1) {
+      const index_t c = std::countr_zero(left), key = first_key + c;
+      bool seen = true;
+      if constexpr (hides_positions<Variant>) {
+        seen = variant_.visible(position{row.batch, row.q_head, row.position, key});
+      } else if constexpr (hides_blocks<Variant>) {  // a block of one pair
+        seen = variant_.visible(key_block{row.batch, row.q_head, row.q_head + 1, row.position, row.position + 1, key,
+                                          key + 1}) != visibility::none;
+      }
+      if (!seen) bits &= ~(std::uint64_t{1} << c);
+    }
+    return bits;
+  }
+
+  /// One key tile: scores and weights of all row blocks while K is hot, then their outputs while V is.
+  void attend_tile(const row_tile& t, index_t i, const kv_tile<A>& tile, workspace<A>& w,
+                   const raw_states<A>& states) const {
+    const index_t blocks = ceil_div(t.rows, block_rows);
+    const auto first_row = [&](index_t block) { return block * t.rows / blocks; };  // blocks of even size
+    for (index_t block = 0; block < blocks; ++block)
+      weigh_block(t, first_row(block), first_row(block + 1), i, tile, w, states);
+    for (index_t block = 0; block < blocks; ++block)
+      apply_block(first_row(block), first_row(block + 1), tile, w, states);
+  }
+
+  /// One key tile that the few rows of a tile see whole, read in place.
+  template <class K, class V>
+  void attend_rows(const row_tile& t, const kv_rows<K, V>& kv, workspace<A>& w,
+                   const raw_states<A>& states) const noexcept {
+    const auto kernel = static_cast<std::size_t>(t.rows - 1);
+    row_kernels<A, K, V>::scores[kernel](kv, w.q, q_stride(), problem_.shape.head_dim, problem_.shape.value_dim, w.s);
+    for (index_t r = 0; r < t.rows; ++r)
+      w.alpha[r] = softmax_step(w.s + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
+    row_kernels<A, K, V>::values[kernel](kv, w.s, w.alpha, states.out, out_stride(), problem_.shape.head_dim,
+                                         problem_.shape.value_dim);
+  }
+
+  [[nodiscard]] block_operands<A> operands_of(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
+                                              const raw_states<A>& states) const noexcept {
+    std::uint64_t any = 0;
+    for (index_t r = row; r < row_end; ++r) any |= w.visible[r];
+    const index_t begin = any == 0 ? 0 : std::countr_zero(any) / panel_tokens;
+    const index_t end = ceil_div(tile_tokens - std::countl_zero(any), panel_tokens);
+    return {tile,
+            w.q + row * q_stride(),
+            q_stride(),
+            problem_.shape.head_dim,
+            w.s + row * tile_tokens,
+            states.out + row * out_stride(),
+            out_stride(),
+            w.alpha + row,
+            out_stride(),
+            begin,
+            end};
+  }
+
+  /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
+  void weigh_block(const row_tile& t, index_t row, index_t row_end, index_t i, const kv_tile<A>& tile, workspace<A>& w,
+                   const raw_states<A>& states) const {
+    const block_operands<A> op = operands_of(row, row_end, tile, w, states);
+    if (op.panel_end == op.panel_begin) return;
+    row_block_kernels<A>::scores[static_cast<std::size_t>(row_end - row - 1)](op);
+    for (index_t r = row; r < row_end; ++r) {
+      A* const s = w.s + r * tile_tokens;
+      if (w.visible[r] == 0) {  // the state stays as it is
+        std::fill_n(s, tile_tokens, A{0});
+        w.alpha[r] = A{1};
+        continue;
+      }
+      if (!rules_.is_plain())
+        rules_.apply(s, op.panel_begin * panel_tokens, op.panel_end * panel_tokens, w.visible[r], index_of(t, r),
+                     i * tile_tokens);
+      if (w.visible[r] != all_keys) hide(s, w.visible[r]);
+      if (tile.nonfinite_values != 0) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
+      w.alpha[r] = softmax_step(s, states.max[r], w.lanes + r * packet_size<A>);
+    }
+  }
+
+  static void hide(A* s, std::uint64_t visible) noexcept {
+    for (index_t c = 0; c < tile_tokens; ++c) s[c] = (visible >> c & 1) != 0 ? s[c] : minus_infinity<A>;
+  }
+
+  /// Scores of -inf (a bias may say so) hide their key too.
+  [[nodiscard]] static std::uint64_t drop_hidden_scores(const A* s, std::uint64_t visible) noexcept {
+    for (index_t c = 0; c < tile_tokens; ++c) {
+      if (s[c] == minus_infinity<A>) visible &= ~(std::uint64_t{1} << c);
+    }
+    return visible;
+  }
+
+  /// O = alpha O + P V of rows [row, row_end).
+  void apply_block(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
+                   const raw_states<A>& states) const noexcept {
+    const block_operands<A> op = operands_of(row, row_end, tile, w, states);
+    if (op.panel_end == op.panel_begin) return;
+    if (tile.nonfinite_values != 0) {
+      // 0 times NaN is NaN: leave hidden values out one by one. Same sums in the same order, so the same bits.
+      for (index_t r = row; r < row_end; ++r) apply_visible_only(r, tile, w, states);
+      return;
+    }
+    row_block_kernels<A>::values[static_cast<std::size_t>(row_end - row - 1)](op);
+  }
+
+  void apply_visible_only(index_t r, const kv_tile<A>& tile, const workspace<A>& w,
+                          const raw_states<A>& states) const noexcept {
+    A* const out = states.out + r * out_stride();
+    const A* const p = w.s + r * tile_tokens;
+    for (index_t e = 0; e < out_stride(); ++e) {
+      const index_t block = e / value_block * value_block, columns = std::min(value_block, out_stride() - block);
+      A sum{0};
+      for (std::uint64_t left = w.visible[r]; left != 0; left &= left - 1) {
+        const index_t c = std::countr_zero(left);
+        const A* const panel = tile.v[static_cast<std::size_t>(c / panel_tokens)];
+        sum = scalar_madd(p[c], panel[block * panel_tokens + c % panel_tokens * columns + e - block], sum);
+      }
+      out[e] = scalar_madd(out[e], w.alpha[r], sum);
+    }
+  }
+
+  const problem<A>& problem_;
+  const Source& kv_;
+  const Variant& variant_;
+  score_rules<A, Variant> rules_;
+  interval_rule interval_;
+  bool reads_rows_;
+};
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// kv_source: what the tile engine reads keys and values through. Plain tensors become one by kv_view().
+///
+/// A source hands out tiles of 64 tokens at multiples of 64 (detail/tile.hpp) of any (sequence, KV head). One that
+/// stores its memory as tiles returns pointers into it; one that does not packs a tile into the scratch it is given.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstdlib>
+#include <type_traits>
+#include <utility>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/pack.hpp>
+#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa {
+
+/// Keys and values of a batch, readable tile by tile.
+///   accumulator       float or double: what tiles hold and scores are computed in
+///   query_element     the stored element type; queries have it too, or are float where it is narrower
+///   kv_len()          extent T of masks and biases, at least every length
+///   length(b)         valid keys of sequence b
+///   scratch_elements()  accumulators that tile() may need as scratch, 0 if tiles are read in place
+///   tile(b, g, i, tokens, scratch)  tokens [64 i, 64 i + 64) of KV head g, of which the first `tokens` will be looked
+///   at
+///                     (the rest may be anything, but a panel with NaN or infinite values says so)
+///   find_fault()      what is wrong with the source itself; checked at the door
+template <class S>
+concept kv_source = !tensor_like<S> &&
+                    requires(const std::remove_cvref_t<S>& kv, typename std::remove_cvref_t<S>::accumulator* scratch) {
+  typename std::remove_cvref_t<S>::query_element;
+  { kv.batch() } -> std::same_as<index_t>;
+  { kv.kv_heads() } -> std::same_as<index_t>;
+  { kv.kv_len() } -> std::same_as<index_t>;
+  { kv.head_dim() } -> std::same_as<index_t>;
+  { kv.value_dim() } -> std::same_as<index_t>;
+  { kv.length(index_t{}) } -> std::same_as<index_t>;
+  { kv.scratch_elements() } -> std::same_as<index_t>;
+  {
+    kv.tile(index_t{}, index_t{}, index_t{}, index_t{}, scratch)
+    } -> std::same_as<detail::kv_tile<typename std::remove_cvref_t<S>::accumulator>>;
+  { kv.find_fault() } -> std::same_as<detail::fault>;
+};
+
+inline namespace GQA_ISA {
+
+/// Plain strided keys [B, T, G, D] and values [B, T, G, E] as a source. Their element types may differ; the wider of
+/// their accumulators is used. Tiles are packed on demand: each costs one pass over its rows.
+template <class K, class V>
+class dense_kv {
+ public:
+  using accumulator = std::common_type_t<accumulator_t<K>, accumulator_t<V>>;
+  using query_element = K;
+
+  dense_kv(tensor_view<const K, 4> k, tensor_view<const V, 4> v) noexcept : k_(k), v_(v) {}
+
+  [[nodiscard]] index_t batch() const noexcept { return k_.extent(0); }
+  [[nodiscard]] index_t kv_len() const noexcept { return k_.extent(1); }
+  [[nodiscard]] index_t kv_heads() const noexcept { return k_.extent(2); }
+  [[nodiscard]] index_t head_dim() const noexcept { return k_.extent(3); }
+  [[nodiscard]] index_t value_dim() const noexcept { return v_.extent(3); }
+  [[nodiscard]] index_t length(index_t) const noexcept { return kv_len(); }
+  [[nodiscard]] const tensor_view<const K, 4>& keys() const noexcept { return k_; }
+  [[nodiscard]] const tensor_view<const V, 4>& values() const noexcept { return v_; }
+
+  [[nodiscard]] detail::fault find_fault() const noexcept {
+    return detail::find_kv_fault(detail::describe("k", k_), detail::describe("v", v_));
+  }
+  [[nodiscard]] index_t scratch_elements() const noexcept {
+    return detail::tile_tokens * (head_dim() + detail::padded_value_dim(value_dim()));
+  }
+  [[nodiscard]] detail::kv_tile<accumulator> tile(index_t b, index_t g, index_t i, index_t tokens,
+                                                  accumulator* scratch) const noexcept {
+    const index_t first = i * detail::tile_tokens;
+    return detail::pack_tile(&k_(b, first, g, 0), k_.stride(1), head_dim(), &v_(b, first, g, 0), v_.stride(1),
+                             value_dim(), tokens, scratch);
+  }
+  /// Whether a token's heads are nearer to each other than a head's tokens: then all heads of a tile are read together.
+  [[nodiscard]] bool heads_lie_together() const noexcept {
+    return std::abs(k_.stride(2)) < std::abs(k_.stride(1)) && kv_heads() > 1;
+  }
+  /// The rows themselves, tokens [64 i, 64 i + 64), all of which there must be: what decode reads in place.
+  [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t i) const noexcept {
+    const index_t first = i * detail::tile_tokens;
+    return {&k_(b, first, g, 0), k_.stride(1), &v_(b, first, g, 0), v_.stride(1)};
+  }
+
+ private:
+  tensor_view<const K, 4> k_;
+  tensor_view<const V, 4> v_;
+};
+
+/// k [B, T, G, D] and v [B, T, G, E], a tensor_view or whatever view() takes each, as a kv_source. No copy.
+template <tensor_like K, tensor_like V>
+[[nodiscard]] auto kv_view(K&& k, V&& v) {
+  using k_element = std::remove_const_t<detail::element_of<K>>;
+  using v_element = std::remove_const_t<detail::element_of<V>>;
+  return dense_kv<k_element, v_element>(detail::as_view(std::forward<K>(k)), detail::as_view(std::forward<V>(v)));
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// Naive attention in double: the oracle of the tests and the baseline of the benches, readable in one minute.
+///
+/// One row at a time, one score at a time, the textbook formula with the row's maximum subtracted. Shares nothing with
+/// the kernels but the argument checks of the door. Needs no Eigen tensor and no context; O(T) memory on the heap.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <gqa/attention.hpp>
+#include <gqa/config.hpp>
+#include <gqa/options.hpp>
+#include <gqa/state.hpp>
+#include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa::reference {
+
+namespace impl {
+
+/// KV head of a query head.
+inline index_t kv_head_of(const attention_options& o, index_t h, index_t q_heads, index_t kv_heads) {
+  if (o.group_offsets.empty()) return h / (q_heads / kv_heads);
+  index_t g = 0;
+  while (h >= o.group_offsets[static_cast<std::size_t>(g) + 1]) ++g;
+  return g;
+}
+
+/// True if causal edge, window, mask and variant let the query at p.query see key p.key (s: its index in the call).
+template <class Variant>
+bool sees(const attention_options& o, const Variant& variant, const position& p, index_t s) {
+  if (o.causal && p.key > p.query) return false;
+  if (o.window.left >= 0 && p.query - p.key > o.window.left) return false;
+  if (o.window.right >= 0 && p.key - p.query > o.window.right) return false;
+  if (o.mask) {
+    const index_t b = o.mask->extent(0) == 1 ? 0 : p.batch, h = o.mask->extent(1) == 1 ? 0 : p.q_head;
+    if (!(*o.mask)(b, h, s, p.key)) return false;
+  }
+  if constexpr (requires { variant.visible(p); }) return variant.visible(p);
+  return true;
+}
+
+/// variant(softcap(scale * q.k) + bias + alibi)
+template <class Variant>
+double score(const attention_options& o, const Variant& variant, double product, double scale, const position& p,
+             index_t s) {
+  double x = scale * product;
+  if (o.softcap != 0) x = o.softcap * std::tanh(x / o.softcap);
+  if (o.bias) {
+    const index_t b = o.bias->extent(0) == 1 ? 0 : p.batch, h = o.bias->extent(1) == 1 ? 0 : p.q_head;
+    x += static_cast<double>((*o.bias)(b, h, s, p.key));
+  }
+  if (!o.alibi_slopes.empty())
+    x += static_cast<double>(o.alibi_slopes[static_cast<std::size_t>(p.q_head)]) * static_cast<double>(p.key - p.query);
+  if constexpr (requires { variant.score(x, p); }) x = static_cast<double>(variant.score(x, p));
+  return x;
+}
+
+}  // namespace impl
+
+/// The same attention as gqa::attention(), in double throughout.
+/// \param q, k, v       [B, S, H, D], [B, T, G, D], [B, T, G, E]; any element types of the door
+/// \param out_or_state  [B, S, H, E] or a partial_state; rounded once on writing
+/// \param variant       score(double, position) and visible(position) are used; a block-level visible() is not needed
+/// Cost: O(B S H T (D + E)), every key visited for every query head.
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out, class Variant>
+void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention_options& options,
+               const Variant& variant) {
+  const auto q = detail::as_view(q_in);
+  const auto k = detail::as_view(k_in);
+  const auto v = detail::as_view(v_in);
+  const auto out = detail::output_view(out_or_state);
+  using Element = typename decltype(out)::value_type;
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const auto queries = tensor_view<const typename decltype(q)::value_type, 4>(q);
+  if constexpr (detail::output_state<Out>) {
+    if (const auto f = detail::find_call_fault(queries, kv_view(k, v), out_or_state, options)) return detail::raise(f);
+  } else {
+    if (const auto f = detail::find_call_fault(queries, kv_view(k, v), out, options)) return detail::raise(f);
+  }
+
+  const index_t q_len = q.extent(1), q_heads = q.extent(2), head_dim = q.extent(3), value_dim = v.extent(3);
+  const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
+  for (index_t b = 0; b < q.extent(0); ++b) {
+    const auto at_b = static_cast<std::size_t>(b);
+    const index_t keys = options.kv_lengths.empty() ? k.extent(1) : options.kv_lengths[at_b];
+    const index_t offset = options.query_offset             ? *options.query_offset
+                           : !options.query_offsets.empty() ? options.query_offsets[at_b]
+                                                            : keys - q_len;
+    for (index_t s = 0; s < q_len; ++s) {
+      for (index_t h = 0; h < q_heads; ++h) {
+        const index_t g = impl::kv_head_of(options, h, q_heads, k.extent(2));
+        const double sink =
+            options.sinks.empty() ? -infinity : static_cast<double>(options.sinks[static_cast<std::size_t>(h)]);
+
+        std::vector<double> scores(static_cast<std::size_t>(keys), -infinity);  // -inf: hidden
+        double top = sink;
+        bool has_nan = false;
+        for (index_t t = 0; t < keys; ++t) {
+          const position p{b, h, offset + s, t};
+          if (!impl::sees(options, variant, p, s)) continue;
+          double product = 0;
+          for (index_t d = 0; d < head_dim; ++d)
+            product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
+          const double x = impl::score(options, variant, product, scale, p, s);
+          scores[static_cast<std::size_t>(t)] = x;
+          top = std::max(top, x);
+          has_nan = has_nan || std::isnan(x);
+        }
+
+        const bool saw_nothing = top == -infinity && !has_nan;
+        double sum = saw_nothing ? 0 : std::exp(sink - top);
+        std::vector<double> row(static_cast<std::size_t>(value_dim), 0.0);
+        for (index_t t = 0; t < keys; ++t) {
+          const double x = scores[static_cast<std::size_t>(t)];
+          if (x == -infinity) continue;
+          const double weight = std::exp(x - top);
+          sum += weight;
+          for (index_t e = 0; e < value_dim; ++e)
+            row[static_cast<std::size_t>(e)] += weight * static_cast<double>(v(b, t, g, e));
+        }
+        for (index_t e = 0; e < value_dim; ++e)
+          out(b, s, h, e) = static_cast<Element>(saw_nothing ? 0.0 : row[static_cast<std::size_t>(e)] / sum);
+        if constexpr (detail::output_state<Out>)
+          out_or_state.lse(b, s, h) =
+              static_cast<accumulator_t<Element>>(saw_nothing ? -infinity : top + std::log(sum));
+      }
+    }
+  }
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+void attention(Q&& q, K&& k, V&& v, Out&& out_or_state, const attention_options& options = {}) {
+  attention(q, k, v, out_or_state, options, detail::no_variant{});
+}
+
+}  // namespace gqa::reference
