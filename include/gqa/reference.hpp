@@ -22,6 +22,16 @@ namespace gqa::reference {
 
 namespace impl {
 
+/// A sum whose rounding errors are carried along (Kahan 1965): an oracle may not drift over thousands of keys.
+struct careful_sum {
+  double value = 0, carry = 0;
+  void add(double x) {
+    const double corrected = x - carry, next = value + corrected;
+    carry = std::isfinite(next) ? (next - value) - corrected : 0;
+    value = next;
+  }
+};
+
 /// KV head of a query head.
 inline index_t kv_head_of(const attention_options& o, index_t h, index_t q_heads, index_t kv_heads) {
   if (o.group_offsets.empty()) return h / (q_heads / kv_heads);
@@ -113,21 +123,23 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
         }
 
         const bool saw_nothing = top == -infinity && !has_nan;
-        double sum = saw_nothing ? 0 : std::exp(sink - top);
-        std::vector<double> row(static_cast<std::size_t>(value_dim), 0.0);
+        impl::careful_sum sum;
+        if (!saw_nothing) sum.add(std::exp(sink - top));
+        std::vector<impl::careful_sum> row(static_cast<std::size_t>(value_dim));
         for (index_t t = 0; t < keys; ++t) {
           const double x = scores[static_cast<std::size_t>(t)];
           if (x == -infinity) continue;
           const double weight = std::exp(x - top);
-          sum += weight;
+          sum.add(weight);
           for (index_t e = 0; e < value_dim; ++e)
-            row[static_cast<std::size_t>(e)] += weight * static_cast<double>(v(b, t, g, e));
+            row[static_cast<std::size_t>(e)].add(weight * static_cast<double>(v(b, t, g, e)));
         }
         for (index_t e = 0; e < value_dim; ++e)
-          out(b, s, h, e) = static_cast<Element>(saw_nothing ? 0.0 : row[static_cast<std::size_t>(e)] / sum);
+          out(b, s, h, e) =
+              static_cast<Element>(saw_nothing ? 0.0 : row[static_cast<std::size_t>(e)].value / sum.value);
         if constexpr (detail::output_state<Out>)
           out_or_state.lse(b, s, h) =
-              static_cast<accumulator_t<Element>>(saw_nothing ? -infinity : top + std::log(sum));
+              static_cast<accumulator_t<Element>>(saw_nothing ? -infinity : top + std::log(sum.value));
       }
     }
   }

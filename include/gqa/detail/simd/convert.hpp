@@ -8,6 +8,8 @@
 
 #include <gqa/detail/simd/packet.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -49,3 +51,5 @@ template <class A, class T>
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -21,11 +21,17 @@
 // GCC says of every packet type that a template ignores its attributes (true and harmless), and of GCC 12's own
 // AVX-512 intrinsics that they read their undefined merge operand (https://gcc.gnu.org/PR105593).
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#define GQA_BEGIN_PACKET_CODE                                                               \
+  _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wignored-attributes\"") \
+      _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                 \
+          _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define GQA_END_PACKET_CODE _Pragma("GCC diagnostic pop")
+#else
+#define GQA_BEGIN_PACKET_CODE
+#define GQA_END_PACKET_CODE
 #endif
+
+GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
@@ -243,6 +249,4 @@ template <class A>
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+GQA_END_PACKET_CODE

@@ -1,0 +1,575 @@
+// SPDX-License-Identifier: Apache-2.0
+// The edge cases of attention() that go wrong elsewhere, one test each.
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/attend.hpp"
+#include "support/cases.hpp"
+
+namespace gqa::test {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+using float_call = operands<float, float>;
+
+float_call make_call(shape n, unsigned options = 0, layout order = layout::bshd) {
+  return float_call(attention_case{n, options, order});
+}
+
+attended<float> run(const float_call& in) {
+  context ctx;
+  return test::run(in, ctx);
+}
+
+::testing::AssertionResult matches(const float_call& in) {
+  context ctx;
+  return matches_oracle(in, ctx);
+}
+
+bool all_zero(const std::vector<float>& values) {
+  for (const float x : values) {
+    if (x != 0 || std::signbit(x)) return false;
+  }
+  return true;
+}
+
+bool all_finite(const std::vector<float>& values) {
+  for (const float x : values) {
+    if (!std::isfinite(x)) return false;
+  }
+  return true;
+}
+
+// --- rows that see nothing ---
+
+TEST(FullyMaskedRow, GivesZeroAndMinusInfinity) {
+  auto in = make_call({1, 3, 70, 2, 1, 16, 16}, with_mask);
+  std::fill_n(in.mask.get(), 2 * 3 * 70, true);
+  std::fill_n(in.mask.get() + 70, 70, false);  // head 0, query 1
+  const auto got = run(in);
+  EXPECT_TRUE(all_zero({got.out.begin() + 2 * 16, got.out.begin() + 3 * 16}));
+  EXPECT_EQ(got.lse[2], -inf);
+  EXPECT_TRUE(std::isfinite(got.lse[3]));
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(FullyMaskedRow, WithASinkGivesZeroAndTheSink) {
+  auto in = make_call({1, 2, 70, 2, 1, 16, 16}, with_mask);
+  std::fill_n(in.mask.get(), 2 * 2 * 70, false);
+  const std::vector<float> sinks{0.7f, -inf};
+  in.options.sinks = sinks;
+  const auto got = run(in);
+  EXPECT_TRUE(all_zero(got.out));
+  EXPECT_EQ(got.lse, (std::vector<float>{0.7f, -inf, 0.7f, -inf}));
+}
+
+TEST(FullyMaskedRow, HasNoNegativeZero) {
+  auto in = make_call({1, 1, 64, 1, 1, 16, 16});
+  for (auto& v : in.v.data()) v = -0.0f;
+  EXPECT_TRUE(all_zero(run(in).out));
+}
+
+TEST(FullyMaskedRow, OfBiasesOfMinusInfinity) {
+  auto in = make_call({1, 2, 130, 2, 2, 16, 16}, with_bias);
+  for (auto& x : in.bias) x = -inf;
+  const auto got = run(in);
+  EXPECT_TRUE(all_zero(got.out));
+  EXPECT_EQ(got.lse, std::vector<float>(4, -inf));
+}
+
+// --- extreme scores ---
+
+// Queries and keys with one large coordinate: scores near +-1e5, whose rounding alone is 1e5 u.
+TEST(ExtremeScores, OfPlusAndMinusOneHundredThousand) {
+  for (const double sign : {1.0, -1.0}) {
+    auto in = make_call({1, 5, 300, 4, 2, 64, 64});
+    for (index_t h = 0; h < 4; ++h)
+      for (index_t s = 0; s < 5; ++s) in.q.view()(0, s, h, 0) = static_cast<float>(sign * 1000);
+    for (index_t t = 0; t < 300; ++t)
+      for (index_t g = 0; g < 2; ++g) in.k.view()(0, t, g, 0) = 800 + static_cast<float>(t % 7);
+    context ctx;
+    const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+    ASSERT_GT(expected.max_score, 9e4);
+    const auto got = test::run(in, ctx);
+    // An error of a few ulp of the largest score, exponentiated: c eps max|score| max|value| with c = 4.
+    const double bound = 4 * 0x1p-23 * expected.max_score * expected.max_value;
+    comparison compared;
+    for (std::size_t i = 0; i < got.out.size(); ++i)
+      compared.add(static_cast<double>(got.out[i]), expected.out[i], bound, "out " + std::to_string(i));
+    for (std::size_t i = 0; i < got.lse.size(); ++i)
+      compared.add(static_cast<double>(got.lse[i]), expected.lse[i], 4 * 0x1p-23 * expected.max_score, "lse");
+    EXPECT_TRUE(compared.result());
+  }
+}
+
+TEST(ExtremeScores, AllVeryNegative) {
+  auto in = make_call({1, 3, 200, 2, 1, 32, 32});
+  in.options.scale = 1.0;
+  for (index_t t = 0; t < 200; ++t) in.k.view()(0, t, 0, 0) = -3000;
+  for (index_t s = 0; s < 3; ++s)
+    for (index_t h = 0; h < 2; ++h) in.q.view()(0, s, h, 0) = 30;  // scores near -90000
+  const auto got = run(in);
+  EXPECT_TRUE(all_finite(got.out));
+  for (const float lse : got.lse) EXPECT_NEAR(static_cast<double>(lse), -9e4, 200);
+  double sum = 0;
+  for (const float x : got.out) sum += std::abs(static_cast<double>(x));
+  EXPECT_GT(sum, 1);
+}
+
+TEST(ExtremeScores, OneKeyFarAboveAllOthers) {
+  auto in = make_call({1, 1, 500, 1, 1, 16, 16});
+  for (index_t d = 0; d < 16; ++d) in.k.view()(0, 333, 0, d) = 100 * in.q.view()(0, 0, 0, d);
+  const auto got = run(in);
+  for (index_t e = 0; e < 16; ++e) EXPECT_EQ(got.out[static_cast<std::size_t>(e)], in.v.view()(0, 333, 0, e));
+}
+
+TEST(ConstantValues, ComeOutAsTheyWere) {
+  for (const index_t t : {1, 64, 65, 1000, 3000}) {
+    auto in = make_call({1, 4, t, 4, 2, 64, 64});
+    for (auto& v : in.v.data()) v = 1;
+    // Numerator and denominator sum the same weights in two orders.
+    for (const float x : run(in).out) EXPECT_NEAR(static_cast<double>(x), 1.0, 16 * 0x1p-24) << t;
+  }
+}
+
+TEST(EqualScores, AverageTheValues) {
+  auto in = make_call({1, 1, 4096, 1, 1, 8, 8});
+  in.options.scale = 0.0;
+  for (index_t t = 0; t < 4096; ++t) in.v.view()(0, t, 0, 0) = static_cast<float>(t % 2);
+  const auto got = run(in);
+  EXPECT_EQ(got.out[0], 0.5f);
+  EXPECT_NEAR(static_cast<double>(got.lse[0]), std::log(4096.0), 1e-6);
+}
+
+// Adding one vector to all keys adds the same number to all scores of a row: nothing changes but the lse.
+TEST(Softmax, IsInvariantToAConstantAddedToAllKeys) {
+  auto in = make_call({1, 6, 150, 4, 2, 32, 32}, with_causal);
+  const auto before = run(in);
+  for (index_t t = 0; t < 150; ++t)
+    for (index_t g = 0; g < 2; ++g)
+      for (index_t d = 0; d < 32; ++d) in.k.view()(0, t, g, d) += 0.5f * static_cast<float>(d % 3);
+  const auto after = run(in);
+  for (std::size_t i = 0; i < after.out.size(); ++i)
+    EXPECT_NEAR(static_cast<double>(before.out[i]), static_cast<double>(after.out[i]), 4e-5);
+}
+
+TEST(Softmax, DoesNotDependOnTheOrderOfKeysBeyondRounding) {
+  auto in = make_call({1, 2, 333, 2, 2, 24, 24});
+  const auto before = run(in);
+  auto reversed = make_call({1, 2, 333, 2, 2, 24, 24});
+  for (index_t t = 0; t < 333; ++t)
+    for (index_t g = 0; g < 2; ++g)
+      for (index_t d = 0; d < 24; ++d) {
+        reversed.k.view()(0, t, g, d) = in.k.view()(0, 332 - t, g, d);
+        reversed.v.view()(0, t, g, d) = in.v.view()(0, 332 - t, g, d);
+      }
+  const auto after = run(reversed);
+  for (std::size_t i = 0; i < after.out.size(); ++i)
+    EXPECT_NEAR(static_cast<double>(before.out[i]), static_cast<double>(after.out[i]), 2e-5);
+}
+
+// --- positions ---
+
+TEST(Causal, WithFewerQueriesThanKeysIsBottomRight) {
+  auto in = make_call({1, 2, 5, 1, 1, 8, 8}, with_causal);
+  EXPECT_TRUE(matches(in));
+  for (index_t d = 0; d < 8; ++d) in.v.view()(0, 4, 0, d) = 1e30f;  // seen by the last query only
+  const auto got = run(in);
+  EXPECT_LT(std::abs(got.out[0]), 1e3f);
+  EXPECT_GT(std::abs(got.out[8]), 1e20f);
+}
+
+TEST(Causal, WithMoreQueriesThanKeysLeavesTheFirstRowsEmpty) {
+  auto in = make_call({1, 7, 4, 2, 1, 8, 8}, with_causal);
+  const auto got = run(in);
+  for (std::size_t i = 0; i < 3 * 2; ++i) EXPECT_EQ(got.lse[i], -inf);
+  for (std::size_t i = 3 * 2; i < 7 * 2; ++i) EXPECT_TRUE(std::isfinite(got.lse[i]));
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Causal, WithOffsetZeroIsTopLeft) {
+  auto in = make_call({1, 3, 9, 1, 1, 8, 8}, with_causal);
+  in.options.query_offset = 0;
+  const auto got = run(in);
+  for (index_t e = 0; e < 8; ++e) EXPECT_EQ(got.out[static_cast<std::size_t>(e)], in.v.view()(0, 0, 0, e));
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Causal, WithANegativeOffset) {
+  auto in = make_call({2, 70, 66, 2, 1, 8, 8}, with_causal);
+  in.options.query_offset = -3;
+  EXPECT_EQ(run(in).lse[5], -inf);
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Causal, AtEveryDistanceAroundATile) {
+  for (index_t t = 60; t <= 68; ++t)
+    for (const index_t s : {1, 2, 3, 61, 64, 66}) EXPECT_TRUE(matches(make_call({1, s, t, 3, 1, 16, 16}, with_causal)));
+}
+
+TEST(ZeroExtents, AreLegal) {
+  for (const shape n : {shape{0, 3, 4, 2, 1, 8, 8}, shape{2, 0, 4, 2, 1, 8, 8}, shape{2, 3, 0, 2, 1, 8, 8}}) {
+    auto in = make_call(n, with_causal);
+    const auto got = run(in);
+    EXPECT_TRUE(all_zero(got.out));
+    if (n.b * n.s > 0) {
+      EXPECT_EQ(got.lse, std::vector<float>(got.lse.size(), -inf));
+    }
+  }
+}
+
+TEST(ZeroExtents, WithNoKeysAndASinkGiveTheSink) {
+  auto in = make_call({1, 1, 0, 1, 1, 8, 8});
+  const std::vector<float> sinks{1.5f};
+  in.options.sinks = sinks;
+  EXPECT_EQ(run(in).lse[0], 1.5f);
+}
+
+// --- windows ---
+
+// A window's keys, counted through values that are powers of two of their position.
+TEST(Window, EndsAreInclusiveOnBothSides) {
+  for (const index_t left : {-1, 0, 1, 2, 5})
+    for (const index_t right : {-1, 0, 1, 3}) {
+      auto in = make_call({1, 9, 9, 1, 1, 4, 4});
+      in.options.scale = 0.0;  // equal weights
+      in.options.window = {left, right};
+      for (index_t t = 0; t < 9; ++t)
+        for (index_t e = 0; e < 4; ++e) in.v.view()(0, t, 0, e) = static_cast<float>(1 << t);
+      const auto got = run(in);
+      for (index_t s = 0; s < 9; ++s) {
+        const index_t first = left < 0 ? 0 : std::max<index_t>(s - left, 0);
+        const index_t last = right < 0 ? 8 : std::min<index_t>(s + right, 8);
+        double sum = 0;
+        for (index_t t = first; t <= last; ++t) sum += 1 << t;
+        EXPECT_NEAR(static_cast<double>(got.out[static_cast<std::size_t>(s * 4)]), sum / static_cast<double>(last - first + 1), 1e-4)
+            << "query " << s << " window {" << left << ", " << right << "}";
+      }
+    }
+}
+
+TEST(Window, OfSelfOnly) {
+  auto in = make_call({1, 70, 70, 2, 1, 8, 8});
+  in.options.window = {0, 0};
+  const auto got = run(in);
+  for (index_t s = 0; s < 70; ++s)
+    for (index_t e = 0; e < 8; ++e) EXPECT_EQ(got.out[static_cast<std::size_t>(s * 16 + e)], in.v.view()(0, s, 0, e));
+}
+
+TEST(Window, WithFewerQueriesThanKeys) {
+  auto in = make_call({1, 5, 200, 2, 1, 16, 16}, with_causal);
+  in.options.window = {20, 0};
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Window, ThatHidesTheWholeFirstTile) {
+  auto in = make_call({1, 3, 300, 2, 1, 16, 16}, with_causal);
+  in.options.window = {64, -1};
+  for (index_t t = 0; t < 230; ++t)
+    for (index_t d = 0; d < 16; ++d) in.k.view()(0, t, 0, d) = nan;
+  const auto got = run(in);
+  EXPECT_TRUE(all_finite(got.out));
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Window, WithSinks) {
+  auto in = make_call({2, 5, 1300, 4, 2, 16, 16}, with_causal | with_sinks);
+  in.options.window = {100, 0};
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Window, OfTheLargestNumbers) {
+  auto in = make_call({1, 5, 70, 2, 1, 16, 16});
+  const auto all = run(in);
+  in.options.window = {std::numeric_limits<index_t>::max(), std::numeric_limits<index_t>::max()};
+  EXPECT_TRUE(run(in).same_bits(all));
+}
+
+// --- sinks, softcap, biases ---
+
+TEST(Sinks, AreCountedOnceAcrossSplits) {
+  auto in = make_call({1, 1, 5000, 2, 1, 16, 16}, with_causal);
+  const std::vector<float> sinks{9.0f, 3.0f};
+  in.options.sinks = sinks;
+  EXPECT_TRUE(matches(in));
+  for (const index_t left : {50, 1100, 2500}) {  // splits that the window skips
+    in.options.window = {left, 0};
+    EXPECT_TRUE(matches(in));
+  }
+}
+
+TEST(Sinks, OfMinusInfinityAreNone) {
+  auto in = make_call({1, 3, 100, 2, 1, 16, 16});
+  const auto without = run(in);
+  const std::vector<float> sinks(2, -inf);
+  in.options.sinks = sinks;
+  EXPECT_TRUE(run(in).same_bits(without));
+}
+
+TEST(Softcap, ComesBeforePaddingAndMask) {
+  auto in = make_call({2, 3, 100, 2, 1, 16, 16}, with_softcap | with_mask | with_lengths);
+  EXPECT_TRUE(matches(in));
+  in.options.softcap = 0.01;  // all visible scores nearly equal; hidden ones still weigh nothing
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Alibi, WithSoftcapAndOffset) {
+  auto in = make_call({2, 5, 130, 6, 2, 16, 16}, with_alibi | with_softcap | with_offset | with_causal);
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Bias, OfMinusInfinityHides) {
+  auto in = make_call({1, 4, 130, 2, 1, 16, 16}, with_bias);
+  for (index_t t = 0; t < 130; ++t) {
+    if (t % 3 == 0) continue;
+    for (index_t h = 0; h < 2; ++h)
+      for (index_t s = 0; s < 4; ++s) in.bias[static_cast<std::size_t>((h * 4 + s) * 130 + t)] = -inf;
+    for (index_t d = 0; d < 16; ++d) in.v.view()(0, t, 0, d) = nan;
+  }
+  EXPECT_TRUE(all_finite(run(in).out));
+  EXPECT_TRUE(matches(in));
+}
+
+TEST(Scale, OfZeroAndBelow) {
+  for (const double scale : {0.0, -0.3, -2.0}) {
+    auto in = make_call({1, 4, 100, 4, 2, 16, 16}, with_causal);
+    in.options.scale = scale;
+    EXPECT_TRUE(matches(in));
+  }
+}
+
+// --- NaN and infinities ---
+
+// Everything a query may not see is poisoned, in keys and in values; not a bit may change.
+TEST(HiddenNaN, NeverReachesAnOutput) {
+  for (const float poison : {nan, inf, -inf}) {
+    for (const index_t s : {1, 7, 40}) {
+      auto in = make_call({1, s, 150, 6, 2, 32, 32}, with_causal);
+      const std::vector<index_t> lengths{101};
+      in.options.kv_lengths = lengths;
+      in.options.query_offset = 60;  // the causal edge runs through a tile, before the padding
+      const auto clean = run(in);
+      for (index_t t = 60 + s; t < 150; ++t)
+        for (index_t g = 0; g < 2; ++g)
+          for (index_t d = 0; d < 32; ++d) in.k.view()(0, t, g, d) = in.v.view()(0, t, g, d) = poison;
+      EXPECT_TRUE(run(in).same_bits(clean)) << poison << " q_len " << s;
+    }
+  }
+}
+
+TEST(HiddenNaN, InTheTileOfTheCausalEdgeIsKeptOutRowByRow) {
+  auto in = make_call({1, 20, 20, 4, 2, 16, 16}, with_causal);
+  const auto clean = run(in);
+  for (index_t g = 0; g < 2; ++g)
+    for (index_t d = 0; d < 16; ++d) in.v.view()(0, 13, g, d) = nan;
+  const auto got = run(in);
+  for (index_t s = 0; s < 20; ++s) {
+    for (index_t i = 0; i < 4 * 16; ++i) {
+      const auto at = static_cast<std::size_t>(s * 64 + i);
+      if (s < 13) {
+        EXPECT_EQ(std::memcmp(&got.out[at], &clean.out[at], sizeof(float)), 0);
+      } else {
+        EXPECT_TRUE(std::isnan(got.out[at]));
+      }
+    }
+  }
+}
+
+TEST(HiddenNaN, BehindAMask) {
+  auto in = make_call({2, 9, 140, 4, 2, 16, 16}, with_mask);
+  in.options.mask.reset();
+  auto mask = std::make_unique<bool[]>(140 * 9);
+  for (index_t i = 0; i < 140 * 9; ++i) mask[static_cast<std::size_t>(i)] = i % 140 % 5 != 2;
+  in.options.mask = tensor_view<const bool, 4>(mask.get(), {1, 1, 9, 140});
+  const auto clean = run(in);
+  for (index_t b = 0; b < 2; ++b)
+    for (index_t t = 2; t < 140; t += 5)
+      for (index_t g = 0; g < 2; ++g)
+        for (index_t d = 0; d < 16; ++d) in.k.view()(b, t, g, d) = in.v.view()(b, t, g, d) = nan;
+  EXPECT_TRUE(run(in).same_bits(clean));
+}
+
+TEST(HiddenNaN, BehindKeyLengthsIsNotEvenRead) {
+  auto in = make_call({2, 3, 200, 2, 1, 16, 16}, with_causal);
+  const std::vector<index_t> lengths{77, 0};
+  in.options.kv_lengths = lengths;
+  const auto clean = run(in);
+  for (index_t t = 0; t < 200; ++t)
+    for (index_t d = 0; d < 16; ++d) {
+      if (t >= 77) in.k.view()(0, t, 0, d) = in.v.view()(0, t, 0, d) = nan;
+      in.k.view()(1, t, 0, d) = in.v.view()(1, t, 0, d) = nan;
+    }
+  EXPECT_TRUE(run(in).same_bits(clean));
+}
+
+TEST(VisibleNaN, StaysNaN) {
+  const shape n{1, 3, 150, 4, 2, 32, 32};
+  const auto all_nan_from = [&](float_call& in, index_t head_from, index_t head_to) {
+    const auto got = run(in);
+    for (index_t s = 0; s < 3; ++s)
+      for (index_t h = 0; h < 4; ++h) {
+        const bool expected = h >= head_from && h < head_to;
+        EXPECT_EQ(std::isnan(got.out[static_cast<std::size_t>((s * 4 + h) * 32 + 5)]), expected) << s << ' ' << h;
+      }
+  };
+  auto key = make_call(n);
+  key.k.view()(0, 70, 1, 3) = nan;
+  all_nan_from(key, 2, 4);
+  auto value = make_call(n);
+  value.v.view()(0, 149, 0, 5) = nan;
+  all_nan_from(value, 0, 2);
+  auto query_nan = make_call(n);
+  for (index_t s = 0; s < 3; ++s) query_nan.q.view()(0, s, 2, 31) = nan;
+  all_nan_from(query_nan, 2, 3);
+  auto only_key = make_call({1, 1, 1, 1, 1, 8, 8});
+  only_key.k.view()(0, 0, 0, 0) = nan;
+  const auto got = run(only_key);
+  EXPECT_TRUE(std::isnan(got.out[0]));
+  EXPECT_TRUE(std::isnan(got.lse[0]));
+}
+
+TEST(VisibleNaN, IsStoredAsOneBitPattern) {
+  auto in = make_call({1, 1, 100, 2, 1, 16, 16});
+  in.k.view()(0, 3, 0, 0) = -nan;
+  const auto got = run(in);
+  const float canonical = std::numeric_limits<float>::quiet_NaN();
+  for (const float x : got.out) EXPECT_EQ(std::memcmp(&x, &canonical, sizeof x), 0);
+}
+
+// --- views ---
+
+TEST(Views, OfStrideZeroBroadcast) {
+  auto in = make_call({3, 4, 90, 4, 2, 16, 16}, with_causal);
+  const tensor_view<const float, 4> one = in.k.view();  // sequence 0 for all three
+  const tensor_view<const float, 4> shared(one.data(), {3, 90, 2, 16}, {0, one.stride(1), one.stride(2), 1});
+  std::vector<float> out(3 * 4 * 4 * 16);
+  attention(in.q.view(), shared, in.v.view(), view(out.data(), {3, 4, 4, 16}), in.options);
+  for (index_t b = 1; b < 3; ++b)
+    for (index_t t = 0; t < 90; ++t)
+      for (index_t g = 0; g < 2; ++g)
+        for (index_t d = 0; d < 16; ++d) in.k.view()(b, t, g, d) = in.k.view()(0, t, g, d);
+  EXPECT_EQ(out, run(in).out);
+}
+
+TEST(Views, OfOneFusedProjection) {
+  // Rows of [q heads | k heads | v heads | out], as a fused projection leaves them: all views are interleaved.
+  const index_t s = 70, h = 4, g = 2, d = 16, width = (2 * h + 2 * g) * d;
+  std::vector<float> fused(static_cast<std::size_t>(s * width));
+  rng random(3);
+  for (auto& x : fused) x = static_cast<float>(random.normal());
+  auto in = make_call({1, s, s, h, g, d, d}, with_causal);
+  const auto slice = [&](index_t heads, index_t at) {
+    return view(fused.data() + at * d, {1, s, heads, d}, {s * width, width, d, 1});
+  };
+  const auto q = slice(h, 0), k = slice(g, h), v = slice(g, h + g), out = slice(h, h + 2 * g);
+  for (index_t t = 0; t < s; ++t)
+    for (index_t e = 0; e < d; ++e) {
+      for (index_t i = 0; i < h; ++i) in.q.view()(0, t, i, e) = q(0, t, i, e);
+      for (index_t i = 0; i < g; ++i) in.k.view()(0, t, i, e) = k(0, t, i, e);
+      for (index_t i = 0; i < g; ++i) in.v.view()(0, t, i, e) = v(0, t, i, e);
+    }
+  attention(q, k, v, out, in.options);
+  const auto expected = run(in);
+  for (index_t t = 0; t < s; ++t)
+    for (index_t i = 0; i < h; ++i)
+      for (index_t e = 0; e < d; ++e)
+        EXPECT_EQ(out(0, t, i, e), expected.out[static_cast<std::size_t>((t * h + i) * d + e)]);
+}
+
+TEST(Views, WithNegativeStrides) {
+  auto in = make_call({1, 5, 80, 2, 1, 16, 16});
+  const auto expected = run(in);
+  std::vector<float> backwards(80 * 16);
+  for (index_t t = 0; t < 80; ++t)
+    for (index_t d = 0; d < 16; ++d) backwards[static_cast<std::size_t>((79 - t) * 16 + d)] = in.k.view()(0, t, 0, d);
+  const tensor_view<const float, 4> k(backwards.data() + 79 * 16, {1, 80, 1, 16}, {0, -16, 16, 1});
+  std::vector<float> out(expected.out.size());
+  attention(in.q.view(), k, in.v.view(), view(out.data(), {1, 5, 2, 16}));
+  EXPECT_EQ(out, expected.out);
+}
+
+// Keys 2^33 bytes apart in a mapping that is only touched where they lie.
+TEST(Views, WithOffsetsPastTwoToThe31) {
+  const std::size_t bytes = std::size_t{40} << 30;
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) GTEST_SKIP() << "no sparse mapping of 40 GiB to be had";
+  auto in = make_call({1, 2, 4, 2, 1, 16, 16});
+  const index_t stride = (index_t{1} << 31) + 48;
+  const auto far = view(static_cast<float*>(memory), {1, 4, 1, 16}, {0, stride, 16, 1});
+  for (index_t t = 0; t < 4; ++t)
+    for (index_t d = 0; d < 16; ++d) far(0, t, 0, d) = in.k.view()(0, t, 0, d);
+  const auto expected = run(in);
+  std::vector<float> out(expected.out.size());
+  attention(in.q.view(), far, in.v.view(), view(out.data(), {1, 2, 2, 16}));
+  EXPECT_EQ(out, expected.out);
+  munmap(memory, bytes);
+}
+
+// --- grouping ---
+
+TEST(Groups, OfRepeatedKeysAreMultiHeadAttention) {
+  auto grouped = make_call({2, 9, 100, 6, 2, 24, 24}, with_causal);
+  auto repeated = make_call({2, 9, 100, 6, 6, 24, 24}, with_causal);
+  for (index_t b = 0; b < 2; ++b) {
+    for (index_t s = 0; s < 9; ++s)
+      for (index_t h = 0; h < 6; ++h)
+        for (index_t d = 0; d < 24; ++d) repeated.q.view()(b, s, h, d) = grouped.q.view()(b, s, h, d);
+    for (index_t t = 0; t < 100; ++t)
+      for (index_t h = 0; h < 6; ++h)
+        for (index_t d = 0; d < 24; ++d) {
+          repeated.k.view()(b, t, h, d) = grouped.k.view()(b, t, h / 3, d);
+          repeated.v.view()(b, t, h, d) = grouped.v.view()(b, t, h / 3, d);
+        }
+  }
+  EXPECT_TRUE(run(grouped).same_bits(run(repeated)));
+}
+
+TEST(Groups, MayBeUnequalOrEmpty) {
+  for (const std::vector<index_t>& offsets :
+       {std::vector<index_t>{0, 1, 8}, std::vector<index_t>{0, 0, 8}, std::vector<index_t>{0, 8, 8}, std::vector<index_t>{0, 5, 8}}) {
+    for (const index_t s : {1, 30}) {
+      auto in = make_call({2, s, 150, 8, 2, 64, 64}, with_causal);
+      in.options.group_offsets = offsets;
+      EXPECT_TRUE(matches(in));
+    }
+  }
+}
+
+// --- types ---
+
+// 1000 equal small weights: 16-bit sums would stop growing at 256 (bfloat16) or 2048 steps (half).
+TEST(SixteenBits, AreNeverAccumulatedInSixteenBits) {
+  const operands<Eigen::bfloat16, Eigen::bfloat16> in(attention_case{{1, 1, 4000, 2, 1, 16, 16}, with_scale, layout::bshd});
+  auto call = in.options;
+  call.scale = 0.0;
+  std::vector<Eigen::bfloat16> ones(4000 * 16, Eigen::bfloat16(1.0f)), out(32);
+  attention(in.q.view(), in.k.view(), view(ones.data(), {1, 4000, 1, 16}), view(out.data(), {1, 1, 2, 16}), call);
+  for (const auto x : out) EXPECT_EQ(static_cast<float>(x), 1.0f);
+}
+
+TEST(MixedTypes, OfKeysValuesAndOutputs) {
+  const operands<float, float> in(attention_case{{1, 5, 90, 4, 2, 32, 32}, with_causal, layout::bshd});
+  std::vector<Eigen::half> k(in.k.data().size());
+  std::vector<Eigen::bfloat16> v(in.v.data().size());
+  for (std::size_t i = 0; i < k.size(); ++i) k[i] = static_cast<Eigen::half>(in.k.data()[i]);
+  for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<Eigen::bfloat16>(in.v.data()[i]);
+  const auto k_view = tensor_view<const Eigen::half, 4>(k.data(), {1, 90, 2, 32});
+  const auto v_view = tensor_view<const Eigen::bfloat16, 4>(v.data(), {1, 90, 2, 32});
+  std::vector<double> out(5 * 4 * 32);
+  attention(in.q.view(), k_view, v_view, view(out.data(), {1, 5, 4, 32}), in.options);
+  const auto expected = run_oracle_on(in.q.view(), k_view, v_view, in.options);
+  for (std::size_t i = 0; i < out.size(); ++i)
+    EXPECT_NEAR(out[i], expected.out[i], output_bound<float>(expected.max_score, expected.max_value));
+}
+
+}  // namespace
+}  // namespace gqa::test

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a case's operands through attention() and compares with the oracle.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <gqa/attention.hpp>
+
+#include "cases.hpp"
+#include "matchers.hpp"
+#include "oracle.hpp"
+
+namespace gqa::test {
+
+// Output [B, S, H, E] and lse [B, S, H], dense.
+template <class Out>
+struct attended {
+  std::vector<Out> out;
+  std::vector<accumulator_t<Out>> lse;
+
+  [[nodiscard]] bool same_bits(const attended& other) const {
+    return std::memcmp(out.data(), other.out.data(), out.size() * sizeof(Out)) == 0 &&
+           std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(lse[0])) == 0;
+  }
+};
+
+template <class Out = void, class Q, class K>
+auto run(const operands<Q, K>& in, context& ctx) {
+  using element = std::conditional_t<std::is_void_v<Out>, Q, Out>;
+  const auto& n = in.of.shape;
+  const auto size = [](index_t count) { return static_cast<std::size_t>(std::max<index_t>(count, 1)); };
+  attended<element> result;
+  result.out.resize(size(n.b * n.s * n.h * n.e));
+  result.lse.resize(size(n.b * n.s * n.h));
+  const partial_state<element> state{tensor_view<element, 4>(result.out.data(), {n.b, n.s, n.h, n.e}),
+                                     tensor_view<accumulator_t<element>, 3>(result.lse.data(), {n.b, n.s, n.h})};
+  attention(in.q.view(), in.k.view(), in.v.view(), state, in.options, ctx);
+  return result;
+}
+
+// attention() of the operands is what the oracle says, within the bounds of matchers.hpp, and the same to the bit
+// whether the lse is asked for or not.
+template <class Q, class K>
+::testing::AssertionResult matches_oracle(const operands<Q, K>& in, context& ctx) {
+  using A = accumulator_t<K>;
+  const auto& n = in.of.shape;
+  const oracle_result expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+  const auto actual = run(in, ctx);
+
+  comparison outs, lses;
+  for (index_t i = 0; i < n.b * n.s * n.h; ++i) {
+    const auto row = static_cast<std::size_t>(i);
+    std::ostringstream where;
+    where << "(b " << i / (n.s * n.h) << ", s " << i / n.h % n.s << ", h " << i % n.h << ')';
+    lses.add(static_cast<double>(actual.lse[row]), expected.lse[row], lse_bound<A>(expected.max_score),
+             "lse" + where.str());
+    for (index_t e = 0; e < n.e; ++e) {
+      const auto at = static_cast<std::size_t>(i * n.e + e);
+      outs.add(static_cast<double>(actual.out[at]), expected.out[at],
+               output_bound<A>(expected.max_score, expected.max_value) + storing_error<Q>(expected.out[at]),
+               "out" + where.str());
+    }
+  }
+  if (!outs.result()) return outs.result() << " in " << in.of.name();
+  if (!lses.result()) return lses.result() << " in " << in.of.name();
+
+  tensor<Q> plain({n.b, n.s, n.h, n.e}, layout::bshd);
+  attention(in.q.view(), in.k.view(), in.v.view(), plain.view(), in.options, ctx);
+  if (std::memcmp(plain.data().data(), actual.out.data(), plain.data().size() * sizeof(Q)) != 0)
+    return ::testing::AssertionFailure() << "state and plain output differ in " << in.of.name();
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace gqa::test
