@@ -54,8 +54,8 @@ bool sees(const attention_options& o, const Variant& variant, const position& p,
   return true;
 }
 
-/// variant(softcap(scale * q.k) + bias + alibi)
-template <class Variant>
+/// variant(softcap(scale * q.k) + bias + alibi); the variant is asked in the accumulator type A of the inputs.
+template <class A, class Variant>
 double score(const attention_options& o, const Variant& variant, double product, double scale, const position& p,
              index_t s) {
   double x = scale * product;
@@ -66,7 +66,7 @@ double score(const attention_options& o, const Variant& variant, double product,
   }
   if (!o.alibi_slopes.empty())
     x += static_cast<double>(o.alibi_slopes[static_cast<std::size_t>(p.q_head)]) * static_cast<double>(p.key - p.query);
-  if constexpr (requires { variant.score(x, p); }) x = static_cast<double>(variant.score(x, p));
+  if constexpr (requires { variant.score(A{}, p); }) x = static_cast<double>(variant.score(static_cast<A>(x), p));
   return x;
 }
 
@@ -116,7 +116,7 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
           double product = 0;
           for (index_t d = 0; d < head_dim; ++d)
             product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
-          const double x = impl::score(options, variant, product, scale, p, s);
+          const double x = impl::score<accumulator_t<typename decltype(k)::value_type>>(options, variant, product, scale, p, s);
           scores[static_cast<std::size_t>(t)] = x;
           top = std::max(top, x);
           has_nan = has_nan || std::isnan(x);

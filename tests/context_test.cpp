@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <latch>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/attend.hpp"
+#include "support/cases.hpp"
+#include "support/count_allocations.hpp"
+
+namespace gqa::test {
+namespace {
+
+TEST(Context, ASecondIdenticalCallAllocatesNothing) {
+  Eigen::ThreadPool pool(2);
+  for (const shape n : {shape{1, 200, 300, 4, 2, 64, 64}, shape{2, 1, 3000, 8, 2, 64, 64}, shape{1, 7, 90, 4, 2, 40, 40}}) {
+    operands<float, float> in(attention_case{n, with_causal | with_sinks, layout::bshd});
+    std::vector<float> out(static_cast<std::size_t>(n.b * n.s * n.h * n.e));
+    const auto to = view(out.data(), {n.b, n.s, n.h, n.e});
+    context serial, on_pool(pool);
+    for (context* ctx : {&serial, &on_pool}) {
+      attention(in.q.view(), in.k.view(), in.v.view(), to, in.options, *ctx);
+      attention(in.q.view(), in.k.view(), in.v.view(), to, in.options, *ctx);
+      const long before = allocations();
+      attention(in.q.view(), in.k.view(), in.v.view(), to, in.options, *ctx);
+      EXPECT_EQ(allocations() - before, 0);
+    }
+  }
+}
+
+TEST(Context, ReservedScratchIsEnough) {
+  operands<float, float> in(attention_case{{1, 50, 300, 4, 2, 64, 64}, with_causal, layout::bshd});
+  std::vector<float> out(50 * 4 * 64);
+  context ctx;
+  ctx.reserve(64 << 20);
+  const long before = allocations();
+  attention(in.q.view(), in.k.view(), in.v.view(), view(out.data(), {1, 50, 4, 64}), in.options, ctx);
+  EXPECT_EQ(allocations() - before, 0);
+}
+
+#ifndef GQA_NO_EXCEPTIONS
+TEST(Context, ScratchThatCannotBeHadIsAnError) {
+  context ctx;
+  try {
+    ctx.reserve(std::size_t{1} << 62);
+    FAIL();
+  } catch (const error& e) {
+    EXPECT_EQ(e.code(), errc::capacity);
+  }
+}
+#endif
+
+// Every worker of the pool is inside a call on that same pool.
+TEST(Context, CallsFromAllWorkersOfThePoolReturn) {
+  constexpr int threads = 3;
+  Eigen::ThreadPool pool(threads);
+  operands<float, float> in(attention_case{{1, 120, 300, 4, 2, 32, 32}, with_causal, layout::bshd});
+  context serial;
+  const auto expected = run(in, serial);
+  std::latch all_inside(threads), all_done(threads);
+  std::atomic<int> equal{0};
+  for (int i = 0; i < threads; ++i) {
+    pool.Schedule([&] {
+      all_inside.arrive_and_wait();
+      context ctx(pool);
+      for (int repeat = 0; repeat < 5; ++repeat) equal += run(in, ctx).same_bits(expected);
+      all_done.count_down();
+    });
+  }
+  all_done.wait();
+  EXPECT_EQ(equal, threads * 5);
+}
+
+TEST(Context, MayDieBeforeItsLateHelpers) {
+  Eigen::ThreadPool pool(2);
+  operands<float, float> in(attention_case{{1, 300, 300, 4, 2, 32, 32}, with_causal, layout::bshd});
+  for (int i = 0; i < 50; ++i) {
+    context ctx(pool);
+    run(in, ctx);
+  }
+}
+
+TEST(Context, ManyCallersWithTheirOwnContexts) {
+  Eigen::ThreadPool pool(2);
+  operands<float, float> in(attention_case{{1, 64, 256, 4, 2, 32, 32}, with_causal, layout::bshd});
+  context serial;
+  const auto expected = run(in, serial);
+  std::atomic<int> equal{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([&] {
+      context ctx(pool);
+      for (int repeat = 0; repeat < 5; ++repeat) equal += run(in, ctx).same_bits(expected);
+    });
+  for (auto& t : callers) t.join();
+  EXPECT_EQ(equal, 20);
+}
+
+TEST(Context, RunsEveryTaskOnceWithDistinctWorkers) {
+  Eigen::ThreadPool pool(4);
+  context ctx(pool);
+  ASSERT_EQ(ctx.concurrency(), 4);
+  for (const index_t tasks : {0, 1, 2, 3, 100}) {
+    std::vector<std::atomic<int>> runs(static_cast<std::size_t>(tasks));
+    std::vector<std::atomic<bool>> busy(4);
+    std::atomic<bool> clash{false};
+    ctx.for_each(tasks, [&](index_t task, index_t worker) {
+      if (busy[static_cast<std::size_t>(worker)].exchange(true)) clash = true;
+      ++runs[static_cast<std::size_t>(task)];
+      busy[static_cast<std::size_t>(worker)] = false;
+    });
+    for (const auto& n : runs) EXPECT_EQ(n, 1);
+    EXPECT_FALSE(clash);
+  }
+}
+
+#ifndef GQA_NO_EXCEPTIONS
+TEST(Context, PassesOnTheExceptionOfATask) {
+  Eigen::ThreadPool pool(3);
+  context ctx(pool);
+  std::atomic<int> others{0};
+  EXPECT_THROW(ctx.for_each(20,
+                            [&](index_t task, index_t) {
+                              if (task == 7) throw std::logic_error("7");
+                              ++others;
+                            }),
+               std::logic_error);
+  EXPECT_EQ(others, 19);
+}
+#endif
+
+}  // namespace
+}  // namespace gqa::test

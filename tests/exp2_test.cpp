@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include <gqa/detail/exp2.hpp>
+
+#include "support/rng.hpp"
+
+namespace gqa::test {
+namespace {
+
+using detail::exp2_nonpositive_scalar;
+
+template <class A>
+constexpr A inf = std::numeric_limits<A>::infinity();
+
+template <class A>
+double ulps(A x) {
+  const double exact = std::exp2(static_cast<double>(x));
+  const A got = exp2_nonpositive_scalar(x);
+  return std::abs(static_cast<double>(got) - exact) / (exact * static_cast<double>(std::numeric_limits<A>::epsilon()));
+}
+
+TEST(Exp2, IsExactWhereItMustBe) {
+  EXPECT_EQ(exp2_nonpositive_scalar(0.0f), 1.0f);
+  EXPECT_EQ(exp2_nonpositive_scalar(-0.0f), 1.0f);
+  EXPECT_EQ(exp2_nonpositive_scalar(0.0), 1.0);
+  for (const float x : {-inf<float>, -1e30f, -1e5f, -200.0f, -127.0f}) {
+    EXPECT_EQ(std::bit_cast<std::uint32_t>(exp2_nonpositive_scalar(x)), 0u) << x;
+  }
+  for (const double x : {-inf<double>, -1e300, -1e5, -1023.0}) {
+    EXPECT_EQ(std::bit_cast<std::uint64_t>(exp2_nonpositive_scalar(x)), 0u) << x;
+  }
+  for (int n = 1; n <= 125; ++n) EXPECT_EQ(exp2_nonpositive_scalar(-static_cast<float>(n)), std::ldexp(1.0f, -n));
+  for (int n = 1; n <= 1021; ++n) EXPECT_EQ(exp2_nonpositive_scalar(-static_cast<double>(n)), std::ldexp(1.0, -n));
+}
+
+TEST(Exp2, PassesNaNOn) {
+  EXPECT_TRUE(std::isnan(exp2_nonpositive_scalar(std::numeric_limits<float>::quiet_NaN())));
+  EXPECT_TRUE(std::isnan(exp2_nonpositive_scalar(std::numeric_limits<double>::quiet_NaN())));
+}
+
+// Every 61st float from -0 down to where results stop being normal: all exponents, all parts of the polynomial.
+TEST(Exp2, OfFloatsIsWithinOneUlpOverTheWholeRange) {
+  double worst = 0;
+  const auto last = std::bit_cast<std::uint32_t>(-125.5f);
+  for (auto bits = std::bit_cast<std::uint32_t>(-0.0f); bits <= last; bits += 61)
+    worst = std::max(worst, ulps(std::bit_cast<float>(bits)));
+  EXPECT_LE(worst, 1.0);
+  RecordProperty("worst_ulp", std::to_string(worst));
+}
+
+// The last results, below the smallest normal number, are off by at most that number.
+TEST(Exp2, UnderflowsGently) {
+  for (float x = -125; x > -130; x -= 0x1p-10f)
+    EXPECT_NEAR(static_cast<double>(exp2_nonpositive_scalar(x)), std::exp2(static_cast<double>(x)), 0x1p-126);
+}
+
+// libm's exp2 of a double is itself rounded: half an ulp more.
+TEST(Exp2, OfDoublesIsWithinOneAndAHalfUlp) {
+  rng random(7);
+  double worst = 0;
+  for (int i = 0; i < 2'000'000; ++i) worst = std::max(worst, ulps(-1021 * random.uniform()));
+  for (int i = 0; i < 1'000'000; ++i) worst = std::max(worst, ulps(-random.uniform()));
+  EXPECT_LE(worst, 1.5);
+}
+
+TEST(Exp2, OfLanesIsThatOfScalars) {
+  rng random(11);
+  for (int i = 0; i < 1000; ++i) {
+    float in[detail::packet_size<float>], out[detail::packet_size<float>];
+    for (float& x : in) x = static_cast<float>(-140 * random.uniform());
+    detail::store(out, detail::exp2_nonpositive<float>(detail::load(in)));
+    for (int lane = 0; lane < detail::packet_size<float>; ++lane)
+      EXPECT_EQ(std::bit_cast<std::uint32_t>(out[lane]), std::bit_cast<std::uint32_t>(exp2_nonpositive_scalar(in[lane])));
+  }
+}
+
+}  // namespace
+}  // namespace gqa::test

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// The same bits whoever runs a call: any number of threads, any executor, any batch around a sequence.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/attend.hpp"
+#include "support/cases.hpp"
+
+namespace gqa::test {
+namespace {
+
+// A user's executor: threads made for the occasion, tasks dealt out one by one.
+class thread_executor {
+ public:
+  explicit thread_executor(int threads) : threads_(threads) {}
+  int concurrency() const { return threads_; }
+  void run(index_t tasks, const std::function<void(index_t, index_t)>& f) {
+    std::atomic<index_t> next{0};
+    std::vector<std::thread> threads;
+    for (int worker = 0; worker < threads_; ++worker)
+      threads.emplace_back([&, worker] {
+        for (index_t i = next++; i < tasks; i = next++) f(i, worker);
+      });
+    for (auto& t : threads) t.join();
+  }
+
+ private:
+  int threads_;
+};
+
+// Calls that are divided in every way there is: row tiles, waves of packed keys, splits, bundles of heads, masks.
+std::vector<attention_case> divided_cases() {
+  std::vector<attention_case> cases = {
+      {{2, 150, 700, 6, 3, 64, 64}, with_causal, layout::bshd},
+      {{1, 70, 2100, 4, 1, 40, 72}, with_causal | with_softcap | with_sinks, layout::bhsd},
+      {{1, 1, 5000, 8, 2, 64, 64}, with_causal | with_sinks, layout::bhsd},
+      {{1, 1, 5000, 8, 8, 64, 64}, with_causal, layout::bshd},
+      {{3, 1, 2500, 8, 4, 64, 64}, with_causal | with_lengths, layout::bshd},
+      {{1, 5, 3000, 10, 2, 65, 65}, with_window | with_alibi, layout::bshd},
+      {{2, 33, 1500, 8, 4, 32, 32}, with_mask | with_bias | with_groups, layout::bhsd},
+  };
+  for (std::size_t i = 0; i < cases.size(); ++i) cases[i].seed = i + 1;
+  return cases;
+}
+
+TEST(Reproducibility, DoesNotDependOnThreadsOrExecutor) {
+  for (const attention_case& c : divided_cases()) {
+    const operands<float, float> in(c);
+    context serial;
+    const auto expected = run(in, serial);
+    for (const int threads : {1, 2, 3, 8}) {
+      Eigen::ThreadPool pool(threads);
+      context on_pool(pool);
+      EXPECT_TRUE(run(in, on_pool).same_bits(expected)) << threads << " pool threads, " << c.name();
+      EXPECT_TRUE(run(in, on_pool).same_bits(expected)) << threads << " pool threads again, " << c.name();
+      thread_executor own(threads);
+      context on_own(own);
+      EXPECT_TRUE(run(in, on_own).same_bits(expected)) << threads << " own threads, " << c.name();
+#ifdef _OPENMP
+      openmp_executor openmp(threads);
+      context on_openmp(openmp);
+      EXPECT_TRUE(run(in, on_openmp).same_bits(expected)) << threads << " OpenMP threads, " << c.name();
+#endif
+    }
+  }
+}
+
+// Each sequence of a batch, attended to on its own.
+TEST(Reproducibility, DoesNotDependOnTheBatch) {
+  for (attention_case c : divided_cases()) {
+    c.shape.b = 3;
+    c.options &= ~unsigned{with_bias | with_mask};
+    c.options |= with_lengths;
+    const operands<float, float> batch(c);
+    context ctx;
+    const auto expected = run(batch, ctx);
+    const auto& n = c.shape;
+    for (index_t b = 0; b < n.b; ++b) {
+      auto options = batch.options;
+      options.kv_lengths = batch.options.kv_lengths.subspan(static_cast<std::size_t>(b), 1);
+      const auto sequence = [&](const tensor_view<const float, 4>& x) {
+        return tensor_view<const float, 4>(&x(b, 0, 0, 0), {1, x.extent(1), x.extent(2), x.extent(3)},
+                                           {0, x.stride(1), x.stride(2), 1});
+      };
+      const auto size = static_cast<std::size_t>(n.s * n.h * n.e);
+      std::vector<float> out(size);
+      attention(sequence(batch.q.view()), sequence(batch.k.view()), sequence(batch.v.view()),
+                view(out.data(), {1, n.s, n.h, n.e}), options, ctx);
+      EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + static_cast<std::size_t>(b) * size, size * sizeof(float)), 0)
+          << "sequence " << b << " of " << c.name();
+    }
+  }
+}
+
+// A query's bits are the same in a prefill, in chunks of it, and on its own: packed and in-place kernels agree.
+TEST(Reproducibility, DoesNotDependOnTheQueriesAround) {
+  const operands<float, float> in(attention_case{{1, 1100, 1100, 4, 2, 64, 64}, with_causal | with_sinks, layout::bshd});
+  context ctx;
+  const auto expected = run(in, ctx);
+  for (const index_t chunk : {1, 3, 50}) {
+    for (index_t s = 0; s + chunk <= 1100; s += chunk == 1 ? 37 : 333) {
+      auto options = in.options;
+      options.query_offset = s;
+      const auto q = tensor_view<const float, 4>(&in.q.view()(0, s, 0, 0), {1, chunk, 4, 64});
+      std::vector<float> out(static_cast<std::size_t>(chunk * 4 * 64));
+      attention(q, in.k.view(), in.v.view(), view(out.data(), {1, chunk, 4, 64}), options, ctx);
+      EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + s * 4 * 64, out.size() * sizeof(float)), 0)
+          << "queries from " << s << ", " << chunk;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gqa::test
