@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention() against the oracle over shapes, layouts and options: a grid, all options in pairs, and random cases. Built
-// once per element type: GQA_TEST_Q of the queries and the output, GQA_TEST_KV of keys and values.
-// GQA_TEST_CASES sets the number of random cases.
+// attention() against the oracle over shapes, layouts and options: a grid, all options in pairs, and random cases.
+// Built once per element type: GQA_TEST_Q of the queries and the output, GQA_TEST_KV of keys and values. GQA_TEST_CASES
+// sets the number of random cases.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -36,10 +36,10 @@ std::vector<attention_case> grid() {
     add({1, s, s, 4, 2, 40, 40});
     add({2, s, s, 4, 2, 40, 40}, 0);
   }
-  for (const index_t s : {2, 3, 17}) add({1, s, 131, 6, 2, 80, 80});                                // append
-  for (const index_t group : {1, 2, 3, 5, 6, 7, 8, 16}) add({1, 19, 70, 2 * group, 2, 72, 72});     // groups
-  for (const index_t group : {1, 2, 3, 5, 6, 7, 8, 16}) add({1, 1, 200, 2 * group, 2, 128, 128});   // groups in decode
-  for (const index_t d : {1, 8, 40, 64, 65, 72, 80, 96, 128, 256}) {                                // head dims
+  for (const index_t s : {2, 3, 17}) add({1, s, 131, 6, 2, 80, 80});                               // append
+  for (const index_t group : {1, 2, 3, 5, 6, 7, 8, 16}) add({1, 19, 70, 2 * group, 2, 72, 72});    // groups
+  for (const index_t group : {1, 2, 3, 5, 6, 7, 8, 16}) add({1, 1, 200, 2 * group, 2, 128, 128});  // groups in decode
+  for (const index_t d : {1, 8, 40, 64, 65, 72, 80, 96, 128, 256}) {                               // head dims
     add({1, 9, 75, 4, 2, d, d});
     add({1, 1, 75, 4, 2, d, d});
   }

@@ -251,7 +251,8 @@ TEST(Window, EndsAreInclusiveOnBothSides) {
         const index_t last = right < 0 ? 8 : std::min<index_t>(s + right, 8);
         double sum = 0;
         for (index_t t = first; t <= last; ++t) sum += 1 << t;
-        EXPECT_NEAR(static_cast<double>(got.out[static_cast<std::size_t>(s * 4)]), sum / static_cast<double>(last - first + 1), 1e-4)
+        EXPECT_NEAR(static_cast<double>(got.out[static_cast<std::size_t>(s * 4)]),
+                    sum / static_cast<double>(last - first + 1), 1e-4)
             << "query " << s << " window {" << left << ", " << right << "}";
       }
     }
@@ -534,8 +535,8 @@ TEST(Groups, OfRepeatedKeysAreMultiHeadAttention) {
 }
 
 TEST(Groups, MayBeUnequalOrEmpty) {
-  for (const std::vector<index_t>& offsets :
-       {std::vector<index_t>{0, 1, 8}, std::vector<index_t>{0, 0, 8}, std::vector<index_t>{0, 8, 8}, std::vector<index_t>{0, 5, 8}}) {
+  for (const std::vector<index_t>& offsets : {std::vector<index_t>{0, 1, 8}, std::vector<index_t>{0, 0, 8},
+                                              std::vector<index_t>{0, 8, 8}, std::vector<index_t>{0, 5, 8}}) {
     for (const index_t s : {1, 30}) {
       auto in = make_call({2, s, 150, 8, 2, 64, 64}, with_causal);
       in.options.group_offsets = offsets;
@@ -548,7 +549,8 @@ TEST(Groups, MayBeUnequalOrEmpty) {
 
 // 1000 equal small weights: 16-bit sums would stop growing at 256 (bfloat16) or 2048 steps (half).
 TEST(SixteenBits, AreNeverAccumulatedInSixteenBits) {
-  const operands<Eigen::bfloat16, Eigen::bfloat16> in(attention_case{{1, 1, 4000, 2, 1, 16, 16}, with_scale, layout::bshd});
+  const operands<Eigen::bfloat16, Eigen::bfloat16> in(
+      attention_case{{1, 1, 4000, 2, 1, 16, 16}, with_scale, layout::bshd});
   auto call = in.options;
   call.scale = 0.0;
   std::vector<Eigen::bfloat16> ones(4000 * 16, Eigen::bfloat16(1.0f)), out(32);

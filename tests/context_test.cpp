@@ -18,7 +18,8 @@ namespace {
 
 TEST(Context, ASecondIdenticalCallAllocatesNothing) {
   Eigen::ThreadPool pool(2);
-  for (const shape n : {shape{1, 200, 300, 4, 2, 64, 64}, shape{2, 1, 3000, 8, 2, 64, 64}, shape{1, 7, 90, 4, 2, 40, 40}}) {
+  for (const shape n :
+       {shape{1, 200, 300, 4, 2, 64, 64}, shape{2, 1, 3000, 8, 2, 64, 64}, shape{1, 7, 90, 4, 2, 40, 40}}) {
     operands<float, float> in(attention_case{n, with_causal | with_sinks, layout::bshd});
     std::vector<float> out(static_cast<std::size_t>(n.b * n.s * n.h * n.e));
     const auto to = view(out.data(), {n.b, n.s, n.h, n.e});

@@ -23,7 +23,8 @@ static_assert(tensor_like<Eigen::TensorMap<row_major>> && tensor_like<Eigen::Ten
 static_assert(std::is_same_v<decltype(view(std::declval<row_major&>())), tensor_view<float, 4>>);
 static_assert(std::is_same_v<decltype(view(std::declval<const row_major&>())), tensor_view<const float, 4>>);
 static_assert(std::is_same_v<decltype(view(std::declval<Eigen::TensorMap<row_major>>())), tensor_view<float, 4>>);
-static_assert(std::is_same_v<decltype(view(std::declval<Eigen::TensorMap<const row_major>>())), tensor_view<const float, 4>>);
+static_assert(
+    std::is_same_v<decltype(view(std::declval<Eigen::TensorMap<const row_major>>())), tensor_view<const float, 4>>);
 
 TEST(EigenView, OfRowMajorNamesAxesSlowestFirst) {
   row_major t(2, 3, 4, 5);

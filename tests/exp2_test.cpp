@@ -76,7 +76,8 @@ TEST(Exp2, OfLanesIsThatOfScalars) {
     for (float& x : in) x = static_cast<float>(-140 * random.uniform());
     detail::store(out, detail::exp2_nonpositive<float>(detail::load(in)));
     for (int lane = 0; lane < detail::packet_size<float>; ++lane)
-      EXPECT_EQ(std::bit_cast<std::uint32_t>(out[lane]), std::bit_cast<std::uint32_t>(exp2_nonpositive_scalar(in[lane])));
+      EXPECT_EQ(std::bit_cast<std::uint32_t>(out[lane]),
+                std::bit_cast<std::uint32_t>(exp2_nonpositive_scalar(in[lane])));
   }
 }
 

@@ -92,7 +92,8 @@ TEST(Reproducibility, DoesNotDependOnTheBatch) {
       std::vector<float> out(size);
       attention(sequence(batch.q.view()), sequence(batch.k.view()), sequence(batch.v.view()),
                 view(out.data(), {1, n.s, n.h, n.e}), options, ctx);
-      EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + static_cast<std::size_t>(b) * size, size * sizeof(float)), 0)
+      EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + static_cast<std::size_t>(b) * size, size * sizeof(float)),
+                0)
           << "sequence " << b << " of " << c.name();
     }
   }
@@ -100,7 +101,8 @@ TEST(Reproducibility, DoesNotDependOnTheBatch) {
 
 // A query's bits are the same in a prefill, in chunks of it, and on its own: packed and in-place kernels agree.
 TEST(Reproducibility, DoesNotDependOnTheQueriesAround) {
-  const operands<float, float> in(attention_case{{1, 1100, 1100, 4, 2, 64, 64}, with_causal | with_sinks, layout::bshd});
+  const operands<float, float> in(
+      attention_case{{1, 1100, 1100, 4, 2, 64, 64}, with_causal | with_sinks, layout::bshd});
   context ctx;
   const auto expected = run(in, ctx);
   for (const index_t chunk : {1, 3, 50}) {

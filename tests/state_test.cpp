@@ -81,7 +81,8 @@ TEST(Merge, OfPartsIsTheWholeForAnyTree) {
 
   auto pairs = parts;  // a balanced tree
   for (std::size_t step = 1; step < pairs.size(); step *= 2)
-    for (std::size_t i = 0; i + step < pairs.size(); i += 2 * step) merge(pairs[i].state(), pairs[i + step].state(), ctx);
+    for (std::size_t i = 0; i + step < pairs.size(); i += 2 * step)
+      merge(pairs[i].state(), pairs[i + step].state(), ctx);
   EXPECT_TRUE(is_whole(pairs[0], in));
 
   std::vector<partial_state<const float>> all;
@@ -200,7 +201,8 @@ TEST(PartialState, OverSixteenBitInputsMayBeFloat) {
   const auto got = test::run<float>(in, ctx);
   const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
   for (std::size_t i = 0; i < got.out.size(); ++i)
-    EXPECT_NEAR(static_cast<double>(got.out[i]), expected.out[i], output_bound<float>(expected.max_score, expected.max_value));
+    EXPECT_NEAR(static_cast<double>(got.out[i]), expected.out[i],
+                output_bound<float>(expected.max_score, expected.max_value));
 }
 
 }  // namespace

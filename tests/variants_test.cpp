@@ -65,7 +65,8 @@ template <class T, class Variant, class OracleVariant = Variant>
   reference::attention(in.q.view(), in.k.view(), in.v.view(), expected.view(), in.options, as);
   comparison compared;
   for (std::size_t i = 0; i < out.data().size(); ++i)
-    compared.add(static_cast<double>(out.data()[i]), static_cast<double>(expected.data()[i]), 20 * base_bound<T>, "out");
+    compared.add(static_cast<double>(out.data()[i]), static_cast<double>(expected.data()[i]), 20 * base_bound<T>,
+                 "out");
   return compared.result() << " in " << c.name();
 }
 

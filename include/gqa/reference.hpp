@@ -116,7 +116,8 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
           double product = 0;
           for (index_t d = 0; d < head_dim; ++d)
             product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
-          const double x = impl::score<accumulator_t<typename decltype(k)::value_type>>(options, variant, product, scale, p, s);
+          const double x =
+              impl::score<accumulator_t<typename decltype(k)::value_type>>(options, variant, product, scale, p, s);
           scores[static_cast<std::size_t>(t)] = x;
           top = std::max(top, x);
           has_nan = has_nan || std::isnan(x);

@@ -51,9 +51,9 @@ struct attention_case {
   double magnitude = 1;  // of the queries
 
   [[nodiscard]] std::string name() const {
-    static constexpr std::array<const char*, option_count> names = {
-        "causal",  "window", "softcap", "alibi",   "sinks", "mask",   "bias",
-        "lengths", "offset", "offsets", "scale", "groups", "broadcast"};
+    static constexpr std::array<const char*, option_count> names = {"causal", "window", "softcap",  "alibi",  "sinks",
+                                                                    "mask",   "bias",   "lengths",  "offset", "offsets",
+                                                                    "scale",  "groups", "broadcast"};
     std::ostringstream text;
     text << 'b' << shape.b << 'q' << shape.s << 't' << shape.t << 'h' << shape.h << 'g' << shape.g << 'd' << shape.d
          << 'e' << shape.e;
@@ -118,11 +118,14 @@ struct operands {
     if (has(with_window)) options.window = {random.between(0, std::max<index_t>(n.t, 4)), random.between(-1, n.t)};
     if (has(with_softcap)) options.softcap = 0.5 + 20 * random.uniform();
     if (has(with_alibi)) {
-      for (index_t h = 0; h < n.h; ++h) slopes.push_back(static_cast<float>(std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(n.h))));
+      for (index_t h = 0; h < n.h; ++h)
+        slopes.push_back(static_cast<float>(std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(n.h))));
       options.alibi_slopes = slopes;
     }
     if (has(with_sinks)) {
-      for (index_t h = 0; h < n.h; ++h) sinks.push_back(random.chance(0.2) ? -std::numeric_limits<float>::infinity() : static_cast<float>(2 * random.normal()));
+      for (index_t h = 0; h < n.h; ++h)
+        sinks.push_back(random.chance(0.2) ? -std::numeric_limits<float>::infinity()
+                                           : static_cast<float>(2 * random.normal()));
       options.sinks = sinks;
     }
     const index_t mask_b = has(with_broadcast_mask) ? 1 : n.b, mask_h = has(with_broadcast_mask) ? 1 : n.h;
@@ -136,7 +139,8 @@ struct operands {
     }
     if (has(with_bias)) {
       bias.resize(std::max<std::size_t>(mask_size, 1));
-      for (auto& x : bias) x = random.chance(0.1) ? -std::numeric_limits<float>::infinity() : static_cast<float>(random.normal());
+      for (auto& x : bias)
+        x = random.chance(0.1) ? -std::numeric_limits<float>::infinity() : static_cast<float>(random.normal());
       options.bias = tensor_view<const float, 4>(bias.data(), mask_extents);
     }
     if (has(with_lengths)) {
