@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention() on queries, keys and values of a trained model (after RoPE), against its output in double.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+namespace gqa::test {
+namespace {
+
+TEST(RealActivations, AreWithinTenToTheMinusFiveOfTheStoredOutput) {
+  const char* const folder = std::getenv("GQA_TEST_DATA");
+  if (folder == nullptr) GTEST_SKIP() << "GQA_TEST_DATA is not set";
+  std::ifstream file(std::string(folder) + "/models/stories260K_attn512.bin", std::ios::binary);
+  ASSERT_TRUE(file);
+  char magic[8];
+  std::int32_t header[5];  // layers, positions, query heads, KV heads, head dim
+  file.read(magic, sizeof magic);
+  file.read(reinterpret_cast<char*>(header), sizeof header);
+  ASSERT_EQ(std::memcmp(magic, "ATTNREF1", 8), 0);
+  const index_t s = header[1], h = header[2], g = header[3], d = header[4];
+  const auto read = [&]<class T>(T, index_t count) {
+    std::vector<T> values(static_cast<std::size_t>(count));
+    file.read(reinterpret_cast<char*>(values.data()), count * static_cast<index_t>(sizeof(T)));
+    return values;
+  };
+  for (int layer = 0; layer < header[0]; ++layer) {
+    const auto q = read(float{}, s * h * d), k = read(float{}, s * g * d), v = read(float{}, s * g * d);
+    const auto expected = read(double{}, s * h * d);
+    ASSERT_TRUE(file);
+    std::vector<float> out(q.size());
+    attention(view(q.data(), {1, s, h, d}), view(k.data(), {1, s, g, d}), view(v.data(), {1, s, g, d}),
+              view(out.data(), {1, s, h, d}), {.causal = true});
+    double worst = 0;
+    for (std::size_t i = 0; i < out.size(); ++i)
+      worst = std::max(worst, std::abs(static_cast<double>(out[i]) - expected[i]));
+    EXPECT_LE(worst, 1e-5) << "layer " << layer;
+    RecordProperty("worst_" + std::to_string(layer), std::to_string(worst));
+  }
+}
+
+}  // namespace
+}  // namespace gqa::test
