@@ -114,8 +114,8 @@ inline namespace GQA_ISA {
 /// result <- the merge of all states, as if their keys had been attended to at once. No states: the empty state.
 /// \param states  [B, S, H, E] each, over pairwise disjoint keys (not checked).
 /// \param result  [B, S, H, E]; may be one of the states, and may share no memory with the others.
-/// \throws error (errc::shape, errc::stride) if a shape differs or a last axis is not contiguous; nothing is written
-/// then. Cost: reads every state once, writes the result once, in accumulator precision.
+/// \throws error (errc::shape, errc::stride) if a shape differs or a last axis is not contiguous; nothing is written.
+/// Cost: reads every state once, writes the result once, in accumulator precision.
 template <class T>
 void merge_many(std::type_identity_t<std::span<const partial_state<const T>>> states, partial_state<T> result,
                 context& ctx) {
