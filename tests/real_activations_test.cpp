@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -13,13 +12,14 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/test_data.hpp"
+
 namespace gqa::test {
 namespace {
 
 TEST(RealActivations, AreWithinTenToTheMinusFiveOfTheStoredOutput) {
-  const char* const folder = std::getenv("GQA_TEST_DATA");
-  if (folder == nullptr) GTEST_SKIP() << "GQA_TEST_DATA is not set";
-  std::ifstream file(std::string(folder) + "/models/stories260K_attn512.bin", std::ios::binary);
+  GQA_NEED_TEST_DATA();
+  std::ifstream file(test_data_folder() + "/models/stories260K_attn512.bin", std::ios::binary);
   ASSERT_TRUE(file);
   char magic[8];
   std::int32_t header[5];  // layers, positions, query heads, KV heads, head dim
