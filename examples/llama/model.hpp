@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// A LLaMA-like transformer in about a hundred lines: RMSNorm, RoPE, grouped-query attention, SwiGLU. Matrix products
+// are Eigen's, attention is gqa's, and the keys and values lie in two plain arrays that gqa reads where they are.
+#pragma once
+
+#include <gqa/gqa.hpp>
+
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checkpoint.hpp"
+
+namespace llama {
+
+class model {
+ public:
+  // Room for `positions` tokens of one sequence. The checkpoint and the context must outlive the model.
+  model(const checkpoint& from, int positions, gqa::context& ctx)
+      : from_(from), sizes_(from.sizes()), positions_(positions), ctx_(ctx) {
+    const auto kv_size = static_cast<std::size_t>(sizes_.layers) * static_cast<std::size_t>(positions) *
+                         static_cast<std::size_t>(sizes_.kv_dim());
+    keys_.resize(kv_size);
+    values_.resize(kv_size);
+    const int pairs = sizes_.head_dim() / 2;
+    for (int p = 0; p < positions; ++p) {
+      for (int i = 0; i < pairs; ++i) {
+        const double angle = p * std::pow(10000.0, -2.0 * i / sizes_.head_dim());
+        rotations_.emplace_back(static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle)));
+      }
+    }
+  }
+
+  // Tokens seen so far.
+  [[nodiscard]] int length() const { return length_; }
+  void clear() { length_ = 0; }
+  [[nodiscard]] double attention_seconds() const { return attention_seconds_; }
+
+  // Runs the next tokens, all at once. Returns the logits [wanted, vocab] of the last `wanted` of them.
+  const matrix& forward(std::span<const int> tokens, int wanted = 1) {
+    const int n = static_cast<int>(tokens.size());
+    if (n > positions_ - length_) throw std::length_error("llama::model: more tokens than positions");
+    x_.resize(n, sizes_.dim);
+    for (int i = 0; i < n; ++i) x_.row(i) = from_.embedding().row(tokens[static_cast<std::size_t>(i)]);
+    for (int l = 0; l < sizes_.layers; ++l) {
+      const checkpoint::layer w = from_.at(l);
+      attend(l, w);
+      feed_forward(w);
+    }
+    length_ += n;
+    normalise(x_.bottomRows(wanted), from_.final_norm());
+    logits_.resize(wanted, sizes_.vocab_size);
+    multiply(normal_, from_.classifier(), logits_);
+    return logits_;
+  }
+
+ private:
+  // x += attention(norm(x)) Wo, with the new keys and values stored first.
+  void attend(int l, const checkpoint::layer& w) {
+    const Eigen::Index n = x_.rows(), kv_dim = sizes_.kv_dim();
+    const auto layer_start = static_cast<std::ptrdiff_t>(l) * positions_ * kv_dim;
+    float* const keys = keys_.data() + layer_start;  // [positions, kv_heads, head_dim], as are the values
+    float* const values = values_.data() + layer_start;
+    Eigen::Map<matrix> new_keys(keys + length_ * kv_dim, n, kv_dim);
+    Eigen::Map<matrix> new_values(values + length_ * kv_dim, n, kv_dim);
+
+    normalise(x_, w.attention_norm);
+    queries_.resize(n, sizes_.dim);
+    multiply(normal_, w.q, queries_);
+    multiply(normal_, w.k, new_keys);
+    multiply(normal_, w.v, new_values);
+    rotate(queries_);
+    rotate(new_keys);
+
+    const auto start = std::chrono::steady_clock::now();
+    mixed_.resize(n, sizes_.dim);
+    const gqa::index_t seen = length_ + n, heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
+    gqa::attention(gqa::view(queries_.data(), {1, n, heads, d}), gqa::view(keys, {1, seen, kv_heads, d}),
+                   gqa::view(values, {1, seen, kv_heads, d}), gqa::view(mixed_.data(), {1, n, heads, d}),
+                   {.causal = true}, ctx_);
+    attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+
+    branch_.resize(n, sizes_.dim);
+    multiply(mixed_, w.o, branch_);
+    x_ += branch_;
+  }
+
+  // x += (silu(norm(x) Wgate) * norm(x) Wup) Wdown
+  void feed_forward(const checkpoint::layer& w) {
+    normalise(x_, w.ffn_norm);
+    gate_.resize(x_.rows(), sizes_.hidden_dim);
+    up_.resize(x_.rows(), sizes_.hidden_dim);
+    multiply(normal_, w.gate, gate_);
+    multiply(normal_, w.up, up_);
+    up_.array() *= gate_.array() / (1 + (-gate_.array()).exp());
+    multiply(up_, w.down, branch_);
+    x_ += branch_;
+  }
+
+  // normal_ = x / rms(x) * gain, row by row.
+  template <class Rows>
+  void normalise(const Rows& x, const gains& gain) {
+    normal_.resize(x.rows(), x.cols());
+    for (Eigen::Index i = 0; i < x.rows(); ++i) {
+      const float rms = std::sqrt(x.row(i).squaredNorm() / static_cast<float>(x.cols()) + 1e-5f);
+      normal_.row(i) = x.row(i).cwiseProduct(gain) / rms;
+    }
+  }
+
+  // Rotary embedding of rows at positions length_, length_ + 1, ...: neighbours (2i, 2i + 1) turn together.
+  template <class Rows>
+  void rotate(Rows& x) const {
+    const Eigen::Index pairs = sizes_.head_dim() / 2;
+    for (Eigen::Index i = 0; i < x.rows(); ++i) {
+      const auto* const turns = rotations_.data() + (length_ + i) * pairs;
+      for (Eigen::Index pair = 0; pair < x.cols() / 2; ++pair) {
+        const auto [cosine, sine] = turns[pair % pairs];
+        const float a = x(i, 2 * pair), b = x(i, 2 * pair + 1);
+        x(i, 2 * pair) = a * cosine - b * sine;
+        x(i, 2 * pair + 1) = a * sine + b * cosine;
+      }
+    }
+  }
+
+  // y [n, out] = x [n, in] * w [out, in]^T, divided among the context's workers by blocks of outputs.
+  template <class Result>
+  void multiply(const matrix& x, const weights& w, Result& y) {
+    constexpr Eigen::Index block = 256;
+    ctx_.for_each((w.rows() + block - 1) / block, [&](gqa::index_t task, gqa::index_t) {
+      const Eigen::Index first = task * block, size = std::min(block, w.rows() - first);
+      if (x.rows() == 1) {  // a matrix-vector product, for which Eigen has better loops
+        y.row(0).segment(first, size).transpose().noalias() = w.middleRows(first, size) * x.row(0).transpose();
+      } else {
+        y.middleCols(first, size).noalias() = x * w.middleRows(first, size).transpose();
+      }
+    });
+  }
+
+  const checkpoint& from_;
+  const config sizes_;
+  const int positions_;
+  gqa::context& ctx_;
+  std::vector<float> keys_, values_;                // [layers, positions, kv_heads, head_dim]
+  std::vector<std::pair<float, float>> rotations_;  // [positions, head_dim / 2]: cosine, sine
+  matrix x_, normal_, queries_, mixed_, branch_, gate_, up_, logits_;
+  int length_ = 0;
+  double attention_seconds_ = 0;
+};
+
+}  // namespace llama

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// The example engine: a trained model's published text and loss, and files that are not what they should be. The
+// program itself is GQA_LLAMA.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "../examples/llama/generate.hpp"
+#include "support/test_data.hpp"
+
+namespace gqa::test {
+namespace {
+
+std::string model_file() {
+  return test_data_folder() + "/models/stories260K.bin";
+}
+std::string tokenizer_file() {
+  return test_data_folder() + "/models/tok512.bin";
+}
+std::string greedy_facts() {
+  return read_file(test_data_folder() + "/models/stories260K_greedy.json");
+}
+
+struct outcome {
+  int exit_code;
+  std::string out, err;
+};
+
+outcome run_program(const std::string& arguments) {
+  const std::string stem = ::testing::TempDir() + "/gqa_llama_" + std::to_string(std::hash<std::string>{}(arguments));
+  const std::string command = std::string(GQA_LLAMA) + ' ' + arguments + " >" + stem + ".out 2>" + stem + ".err";
+  const int status = std::system(command.c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(stem + ".out"), read_file(stem + ".err")};
+}
+
+std::string of_model(const std::string& more) {
+  return "--model " + model_file() + " --tokenizer " + tokenizer_file() + " --temperature 0 " + more;
+}
+
+int likeliest(const llama::matrix& logits) {
+  Eigen::Index at = 0;
+  logits.row(logits.rows() - 1).maxCoeff(&at);
+  return static_cast<int>(at);
+}
+
+TEST(Llama, WritesThePublishedText) {
+  GQA_NEED_TEST_DATA();
+  const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
+  ASSERT_GT(expected.size(), 400u);
+  for (const char* const threads : {"1", "2"}) {
+    const outcome o = run_program(of_model("--steps 200 --threads " + std::string(threads)));
+    EXPECT_EQ(o.exit_code, 0) << o.err;
+    EXPECT_EQ(o.out, expected) << threads << " threads";
+    EXPECT_NE(o.err.find("tokens/s"), std::string::npos);
+    EXPECT_NE(o.err.find("attention"), std::string::npos);
+  }
+}
+
+TEST(Llama, ContinuesAPromptAsItWouldHaveGoneOn) {
+  GQA_NEED_TEST_DATA();
+  const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
+  for (const char* const threads : {"1", "2"}) {
+    const outcome o = run_program(
+        of_model("--steps 200 --prompt '" + expected.substr(0, expected.find(" Lily.")) + "' --threads " + threads));
+    EXPECT_EQ(o.exit_code, 0) << o.err;
+    EXPECT_EQ(o.out, expected) << threads << " threads";
+  }
+  EXPECT_EQ(run_program(of_model("--steps 4 --prompt 'Once upon a time, there was'")).out, "Once upon a time");
+}
+
+TEST(Llama, OnePrefillAndSingleTokensGoOnAlike) {
+  GQA_NEED_TEST_DATA();
+  const std::vector<int> expected = json_integers(greedy_facts(), "computed_token_ids_300_steps_starting_with_BOS");
+  const llama::checkpoint weights(model_file());
+  context ctx;
+  for (const std::size_t prompt : {1u, 2u, 63u, 64u, 65u, 150u}) {
+    llama::model m(weights, 200, ctx);
+    std::vector<int> tokens(expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(prompt));
+    tokens.push_back(likeliest(m.forward(tokens)));
+    while (m.length() < 200) tokens.push_back(likeliest(m.forward(std::span(&tokens.back(), 1))));
+    EXPECT_TRUE(std::equal(tokens.begin(), tokens.end(), expected.begin())) << "prompt of " << prompt;
+  }
+}
+
+TEST(Llama, TeacherForcedLossIsTheStoredOne) {
+  GQA_NEED_TEST_DATA();
+  const std::string facts = read_file(test_data_folder() + "/models/stories260K_teacher512.json");
+  const std::vector<int> tokens = json_integers(facts, "token_ids");
+  ASSERT_EQ(tokens.size(), 512u);
+  const llama::checkpoint weights(model_file());
+  context ctx;
+  llama::model m(weights, 512, ctx);
+  for (const int at_once : {512, 100, 1}) {
+    m.clear();
+    double loss = 0;
+    for (int first = 0; first < 512; first += at_once) {
+      const int n = std::min(at_once, 512 - first);
+      const Eigen::MatrixXd logits =
+          m.forward(std::span(tokens).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), n)
+              .cast<double>();
+      for (int i = 0; i < n && first + i < 511; ++i) {
+        const auto row = logits.row(i).array();
+        const double top = row.maxCoeff();
+        loss += top + std::log((row - top).exp().sum()) - row[tokens[static_cast<std::size_t>(first + i) + 1]];
+      }
+    }
+    EXPECT_NEAR(loss / 511, json_number(facts, "mean_nll_nats").value(), 1e-4) << at_once << " at once";
+  }
+}
+
+TEST(Llama, TokensOfATextSpellIt) {
+  GQA_NEED_TEST_DATA();
+  const llama::tokenizer pieces(tokenizer_file(), 512);
+  for (const std::string text : {"", "Once upon a time", " two  spaces", "Zoë, 雨\n\"quoted\"", "\xff\x80"}) {
+    const std::vector<int> tokens = pieces.encode(text);
+    ASSERT_EQ(tokens.front(), llama::tokenizer::bos);
+    std::string spelt;
+    for (std::size_t i = 1; i < tokens.size(); ++i) spelt += pieces.decode(tokens[i - 1], tokens[i]);
+    EXPECT_EQ(spelt, text);
+  }
+  const std::vector<int> ids = json_integers(greedy_facts(), "computed_token_ids_300_steps_starting_with_BOS");
+  const auto prompt = pieces.encode("Once upon a time, there was a little girl");
+  EXPECT_TRUE(std::equal(prompt.begin(), prompt.end(), ids.begin()));
+}
+
+TEST(Llama, ExplainsItselfAndRefusesBadOptions) {
+  const outcome help = run_program("--help");
+  EXPECT_EQ(help.exit_code, 0);
+  EXPECT_EQ(help.out.substr(0, 6), "usage:");
+  for (const char* const bad : {"", "--model", "--model x", "--nonsense 3", "--model x --tokenizer y --steps -1",
+                                "--model x --tokenizer y --steps 1e3", "--model x --tokenizer y --temperature nan",
+                                "--model x --tokenizer y --temperature -1", "--model x --tokenizer y --threads 0",
+                                "--model x --tokenizer y --seed -1"}) {
+    const outcome o = run_program(bad);
+    EXPECT_EQ(o.exit_code, 2) << bad;
+    EXPECT_EQ(o.out, "") << bad;
+    EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << bad << ": " << o.err;
+  }
+}
+
+// A checkpoint of the sizes given, weights all 0.01, and a tokenizer of 300 pieces.
+class LlamaFiles : public ::testing::Test {
+ protected:
+  static constexpr std::array<std::int32_t, 7> good = {8, 12, 2, 4, 2, 300, 16};
+
+  static std::string checkpoint_bytes(std::array<std::int32_t, 7> header = good, std::int64_t extra = 0) {
+    const std::int64_t d = good[0], kv = 4, hidden = good[1], n = good[2], vocab = good[5], rope = 16 * 1;
+    const std::int64_t count = vocab * d + n * (2 * d + 2 * d * d + 2 * kv * d + 3 * hidden * d) + d + 2 * rope +
+                               (header[5] < 0 ? vocab * d : 0);
+    const std::vector<float> floats(static_cast<std::size_t>(count), 0.01f);
+    std::string bytes(reinterpret_cast<const char*>(header.data()), sizeof header);
+    bytes.append(reinterpret_cast<const char*>(floats.data()), floats.size() * sizeof(float));
+    bytes.resize(static_cast<std::size_t>(static_cast<std::int64_t>(bytes.size()) + extra));
+    return bytes;
+  }
+  static std::string tokenizer_bytes(int pieces = 300) {
+    std::string bytes;
+    const auto put = [&](auto x) { bytes.append(reinterpret_cast<const char*>(&x), sizeof x); };
+    put(std::int32_t{4});
+    for (int i = 0; i < pieces; ++i) {
+      put(static_cast<float>(-i));
+      put(std::int32_t{4});
+      bytes += std::to_string(1000 + i);
+    }
+    return bytes;
+  }
+  static std::string store(const std::string& name, const std::string& bytes) {
+    const std::string path = ::testing::TempDir() + '/' + name;
+    std::ofstream(path, std::ios::binary) << bytes;
+    return path;
+  }
+  static outcome run_on(const std::string& model, const std::string& tokenizer) {
+    return run_program("--model " + model + " --tokenizer " + tokenizer + " --steps 8 --temperature 0 --threads 1");
+  }
+  static void expect_refused(const std::string& model, const std::string& tokenizer, const std::string& what) {
+    const outcome o = run_on(model, tokenizer);
+    EXPECT_EQ(o.exit_code, 2) << what;
+    EXPECT_EQ(o.out, "") << what;
+    EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << what << ": " << o.err;
+    EXPECT_TRUE(o.err.starts_with("gqa_llama: /")) << what << ": " << o.err;  // names the file
+  }
+};
+
+TEST_F(LlamaFiles, OfEitherClassifierRun) {
+  auto own_classifier = good;
+  own_classifier[5] = -good[5];
+  const std::string tokenizer = store("good.tok", tokenizer_bytes());
+  EXPECT_EQ(run_on(store("shared.bin", checkpoint_bytes()), tokenizer).exit_code, 0);
+  EXPECT_EQ(run_on(store("own.bin", checkpoint_bytes(own_classifier)), tokenizer).exit_code, 0);
+}
+
+TEST_F(LlamaFiles, ThatAreMissingTruncatedOrAbsurdAreRefused) {
+  const std::string model = store("model.bin", checkpoint_bytes()), tokenizer = store("all.tok", tokenizer_bytes());
+  expect_refused(::testing::TempDir() + "/not_there", tokenizer, "missing model");
+  expect_refused(::testing::TempDir(), tokenizer, "a folder");
+  expect_refused(model, ::testing::TempDir() + "/not_there", "missing tokenizer");
+  expect_refused(store("bad.bin", ""), tokenizer, "empty model");
+  for (const std::size_t size : {1u, 27u, 28u, 1000u})
+    expect_refused(store("bad.bin", checkpoint_bytes().substr(0, size)), tokenizer, "truncated model");
+  expect_refused(store("bad.bin", checkpoint_bytes(good, -1)), tokenizer, "one byte short");
+  expect_refused(store("bad.bin", checkpoint_bytes(good, 4)), tokenizer, "four bytes long");
+  for (std::size_t i = 0; i < good.size(); ++i) {
+    for (const std::int32_t absurd : {0, -1, 3, 1 << 20, 0x7fffffff, static_cast<std::int32_t>(0x80000000)}) {
+      auto header = good;
+      header[i] = absurd;
+      expect_refused(store("bad.bin", checkpoint_bytes(header)), tokenizer,
+                     "header " + std::to_string(i) + " is " + std::to_string(absurd));
+    }
+  }
+  std::string not_finite = checkpoint_bytes();
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::memcpy(not_finite.data() + 100, &infinity, sizeof infinity);
+  expect_refused(store("bad.bin", not_finite), tokenizer, "an infinite weight");
+
+  expect_refused(model, store("bad.tok", ""), "empty tokenizer");
+  for (const std::size_t size : {3u, 4u, 9u, 12u, 2000u})
+    expect_refused(model, store("bad.tok", tokenizer_bytes().substr(0, size)), "truncated tokenizer");
+  expect_refused(model, store("bad.tok", tokenizer_bytes(299)), "a piece too few");
+  expect_refused(model, store("bad.tok", tokenizer_bytes(301)), "a piece too many");
+  for (const std::int32_t absurd : {-1, 5, 0x7fffffff}) {
+    std::string bytes = tokenizer_bytes();
+    std::memcpy(bytes.data() + 8, &absurd, sizeof absurd);
+    expect_refused(model, store("bad.tok", bytes), "a piece's length");
+    const std::int32_t longest = 0x7fffffff;
+    std::memcpy(bytes.data(), &longest, sizeof longest);
+    expect_refused(model, store("bad.tok", bytes), "a piece's length under an absurd limit");
+  }
+}
+
+}  // namespace
+}  // namespace gqa::test
