@@ -215,9 +215,7 @@ class scheduler {
     });
     for (index_t i = split.begin; i < split.end; ++i) {
       for_each_row_tile([&](index_t n, const row_tile& t, workspace<A>& w, const raw_states<A>& states) {
-        const bool last = n + 1 == bundle_;
-        const tile_index next{last ? t.g - n : t.g + 1, last ? std::min(i + 1, split.end - 1) : i};
-        engine_.attend(t, i, next, tile_at, w, states);
+        engine_.attend(t, i, n + 1 < bundle_ ? t.g + 1 : t.g, tile_at, w, states);
       });
     }
     for_each_row_tile([&](index_t, const row_tile& t, workspace<A>& w, const raw_states<A>& states) {

@@ -40,11 +40,6 @@ struct row_tile {
   index_t first, rows;  // rows [first, first + rows)
 };
 
-/// A key tile of a KV head.
-struct tile_index {
-  index_t g, i;
-};
-
 /// Scratch of one worker, carved from one piece of memory.
 template <class A>
 struct workspace {
@@ -135,18 +130,21 @@ class tile_engine {
     std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
   }
 
-  /// Attends to key tile i of the split. tile_at(b, g, i, scratch) packs it or finds it packed; `next` is the row tile
-  /// and key tile that will be attended to afterwards, a hint for prefetching.
+  /// Attends to key tile i of the split. tile_at(b, g, i, scratch) packs it or finds it packed; `next_head` is
+  /// the KV head whose tile i will be attended to afterwards (or t.g), a hint for prefetching.
   template <class TileAt>
-  void attend(const row_tile& t, index_t i, const tile_index& next, const TileAt& tile_at, workspace<A>& w,
+  void attend(const row_tile& t, index_t i, index_t next_head, const TileAt& tile_at, workspace<A>& w,
               const raw_states<A>& states) const {
     const visibility seen = find_visible(t, i, w.visible);
     if (seen == visibility::none) return;
     if constexpr (has_rows) {
       // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN.
-      if (seen == visibility::all && t.rows <= block_rows && reads_rows_) {
+      if (seen == visibility::all && rows_of(t.g) <= block_rows && reads_rows_) {
         auto rows = kv_.rows(t.b, t.g, i);
-        rows.next_k = kv_.rows(t.b, next.g, next.i).k;
+        if (next_head != t.g) {
+          const auto next = kv_.rows(t.b, next_head, i);
+          rows.next_k = next.k, rows.next_v = next.v;
+        }
         return attend_rows(t, rows, w, states);
       }
     }
@@ -267,11 +265,10 @@ class tile_engine {
   void attend_rows(const row_tile& t, const kv_rows<K, V>& kv, workspace<A>& w,
                    const raw_states<A>& states) const noexcept {
     const auto kernel = static_cast<std::size_t>(t.rows - 1);
-    row_kernels<A, K, V>::scores[kernel](kv, w.q, q_stride(), problem_.shape.head_dim, problem_.shape.value_dim, w.s);
+    row_kernels<A, K, V>::scores[kernel](kv, w.q, q_stride(), problem_.shape.head_dim, w.s);
     for (index_t r = 0; r < t.rows; ++r)
       w.alpha[r] = softmax_step(w.s + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
-    row_kernels<A, K, V>::values[kernel](kv, w.s, w.alpha, states.out, out_stride(), problem_.shape.head_dim,
-                                         problem_.shape.value_dim);
+    row_kernels<A, K, V>::values[kernel](kv, w.s, w.alpha, states.out, out_stride(), problem_.shape.value_dim);
   }
 
   [[nodiscard]] block_operands<A> operands_of(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
