@@ -16,6 +16,7 @@
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -54,6 +55,9 @@ inline namespace GQA_ISA {
 /// their accumulators is used. Tiles are packed on demand: each costs one pass over its rows.
 template <class K, class V>
 class dense_kv {
+  static_assert(detail::storable<K> && detail::storable<V>,
+                "gqa: keys and values must be float, double, half or bfloat16");
+
  public:
   using accumulator = std::common_type_t<accumulator_t<K>, accumulator_t<V>>;
   using query_element = K;

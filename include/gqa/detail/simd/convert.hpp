@@ -11,6 +11,12 @@
 GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
+
+/// What keys and values may be stored as.
+template <class T>
+concept storable = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, Eigen::half> ||
+    std::is_same_v<T, Eigen::bfloat16>;
+
 inline namespace GQA_ISA {
 
 /// packet_size<A> elements of T from memory, widened to A. Generic: lane by lane.

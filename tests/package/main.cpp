@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gqa/gqa.hpp>
+
+float second();
+
+int main() {
+  using tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
+  tensor q(1, 1, 2, 4), k(1, 3, 1, 4), v(1, 3, 1, 4), out(1, 1, 2, 4);
+  q.setRandom(), k.setRandom(), v.setConstant(0.5f);
+  gqa::attention(q, k, v, out, {.causal = true});
+  return out(0, 0, 1, 3) == 0.5f && second() == 0.25f ? 0 : 1;
+}
