@@ -42,9 +42,10 @@ requires(is_owning_tensor<Tensor> || is_tensor_map<Tensor>) struct view_of<Tenso
   requires(is_tensor_map<Tensor> || std::is_lvalue_reference_v<T>) static auto get(T&& tensor, layout order) noexcept {
     // Extents of the memory's axes, slowest first; batch 1 where there is none.
     std::array<index_t, 4> memory{1, 1, 1, 1};
-    for (int axis = 0; axis < rank; ++axis) {
-      const int from_slowest = int{Tensor::Layout} == int{Eigen::RowMajor} ? axis : rank - 1 - axis;
-      memory[static_cast<std::size_t>(4 - rank + from_slowest)] = static_cast<index_t>(tensor.dimension(axis));
+    const Eigen::DSizes<typename Tensor::Index, rank> extents(tensor.dimensions());
+    for (std::size_t axis = 0; axis < rank; ++axis) {
+      const std::size_t from_slowest = int{Tensor::Layout} == int{Eigen::RowMajor} ? axis : rank - 1 - axis;
+      memory[4 - rank + from_slowest] = static_cast<index_t>(extents[axis]);
     }
     const index_t dim = memory[3], inner = memory[2] * dim, outer = memory[1] * inner;
     using element = std::remove_pointer_t<decltype(tensor.data())>;

@@ -42,7 +42,7 @@ class tensor_view {
     index_t stride = 1;
     for (int axis = Rank - 1; axis >= 0; --axis) {
       strides_[index(axis)] = stride;
-      stride *= extents_[index(axis)];
+      stride = product(stride, extents_[index(axis)]);
     }
   }
 
@@ -68,7 +68,7 @@ class tensor_view {
   /// Number of elements: the product of the extents.
   [[nodiscard]] constexpr index_t size() const noexcept {
     index_t n = 1;
-    for (const index_t extent : extents_) n *= extent;
+    for (const index_t extent : extents_) n = product(n, extent);
     return n;
   }
 
@@ -84,6 +84,11 @@ class tensor_view {
 
  private:
   static constexpr std::size_t index(int axis) noexcept { return static_cast<std::size_t>(axis); }
+
+  // Extents are anything until a door has checked them: absurd ones wrap around instead of being undefined.
+  static constexpr index_t product(index_t a, index_t b) noexcept {
+    return static_cast<index_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+  }
 
   T* data_ = nullptr;
   std::array<index_t, Rank> extents_{};
