@@ -89,9 +89,8 @@ class dense_kv {
   [[nodiscard]] bool heads_lie_together() const noexcept {
     return std::abs(k_.stride(2)) < std::abs(k_.stride(1)) && kv_heads() > 1;
   }
-  /// The rows themselves, tokens [64 i, 64 i + 64), all of which there must be: what decode reads in place.
-  [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t i) const noexcept {
-    const index_t first = i * detail::tile_tokens;
+  /// The rows themselves, tokens [first, first + 16), all of which there must be: what decode reads in place.
+  [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t first) const noexcept {
     return {&k_(b, first, g, 0), k_.stride(1), &v_(b, first, g, 0), v_.stride(1)};
   }
 

@@ -6,6 +6,8 @@
 /// traffic in cache. Per tile of 64 tokens: reads 64 (D + E) elements once, each row from end to end, and does
 /// 64 R (D + E) multiply-adds. The order is the memory's own, one token after the other, because that is what hardware
 /// prefetchers follow: sixteen tokens side by side, as a transposing kernel reads them, came at half the rate.
+/// A call takes a group of 16 tokens, so that where a token's heads lie together the scheduler can visit all heads of
+/// a group before the next: sixteen streams, each from end to end.
 ///
 /// Scores are sums over lanes (d, d + width, d + 2 width, ... ascending) and then over the lanes of a packet as a tree;
 /// outputs are sums over tokens ascending. So scores differ in the last bits from those of packed tiles, which sum in
@@ -23,17 +25,16 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// 64 rows of keys [64, D] and values [64, E] in memory. Strides in elements.
+/// Tokens of a group: whole packets of any ISA.
+inline constexpr index_t group_tokens = panel_tokens;
+
+/// 16 rows of keys [16, D] and values [16, E] in memory. Strides in elements.
 template <class K, class V>
 struct kv_rows {
   const K* k;
   index_t k_stride;
   const V* v;
   index_t v_stride;
-  // Rows of the same strides that are wanted after these and that no hardware prefetcher foresees, or nullptr: the
-  // next head's, which lie beside these rows where a token's heads lie together.
-  const K* next_k = nullptr;
-  const V* next_v = nullptr;
 };
 
 /// True for dims that the row kernels take: whole packets only.
@@ -42,17 +43,16 @@ template <class A>
   return head_dim % packet_size<A> == 0 && value_dim % (block_vectors * packet_size<A>) == 0;
 }
 
-/// lanes[r] = the products of q's row r and one key, summed over the packets of the key. Asks for the cache lines of
-/// `next`, if there is one, on the way.
+/// lanes[r] = the products of q's row r and one key, summed over the packets of the key.
 template <class A, int Rows, class K>
-GQA_INLINE void dot_lanes(const K* key, const K* next, const A* q, index_t q_stride, index_t head_dim, A* lanes,
+GQA_INLINE void dot_lanes(const K* key, const A* q, index_t q_stride, index_t head_dim, A* lanes,
                           index_t lanes_stride) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][1];
   clear<A>(sum);
   for (index_t d = 0; d < head_dim; d += width) {
-    if (next != nullptr) prefetch(next, d * index_t{sizeof(K)});
-    const packet<A> step = load_as<A>(key + d);
+    packet<A> step = load_as<A>(key + d);
+    keep_in_register(step);
     GQA_UNROLL
     for (int r = 0; r < Rows; ++r) sum[r][0] = madd(load(q + r * q_stride + d), step, sum[r][0]);
   }
@@ -76,36 +76,34 @@ template <class A>
   return square[0];
 }
 
-/// S [Rows, 64] = Q [Rows, D] K^T.
+/// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
 template <class A, int Rows, class K, class V>
 void score_rows(const kv_rows<K, V>& kv, const A* q, index_t q_stride, index_t head_dim, A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][width * width];
-  for (index_t t = 0; t < tile_tokens; t += width) {
-    for (index_t i = 0; i < width; ++i) {
-      const index_t row = (t + i) * kv.k_stride;
-      dot_lanes<A, Rows>(kv.k + row, kv.next_k == nullptr ? nullptr : kv.next_k + row, q, q_stride, head_dim,
-                         lanes[0] + i * width, width * width);
-    }
+  for (index_t t = 0; t < group_tokens; t += width) {
+    for (index_t i = 0; i < width; ++i)
+      dot_lanes<A, Rows>(kv.k + (t + i) * kv.k_stride, q, q_stride, head_dim, lanes[0] + i * width, width * width);
     for (int r = 0; r < Rows; ++r) store(s + r * tile_tokens + t, sum_each<A>(lanes[r]));
   }
 }
 
-/// O[:, column : column + Vectors packets] = alpha O + P [Rows, 64] V.
+/// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
 template <class A, int Rows, int Vectors, class K, class V>
-void value_row_columns(const kv_rows<K, V>& kv, const A* p, const A* alpha, A* out, index_t out_stride,
-                       index_t column) noexcept {
+void value_row_columns(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sums_stride, index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
-  clear<A>(sum);
-  for (index_t t = 0; t < tile_tokens; ++t) {
-    const V* const row = kv.v + t * kv.v_stride + column;
-    const V* const next = kv.next_v == nullptr ? nullptr : kv.next_v + t * kv.v_stride + column;
+  GQA_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GQA_UNROLL
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums + r * sums_stride + column + v * width);
+  }
+  for (index_t t = 0; t < group_tokens; ++t) {
     packet<A> step[Vectors];
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) {
-      if (next != nullptr) prefetch(next, v * width * index_t{sizeof(V)});
-      step[v] = load_as<A>(row + v * width);
+      step[v] = load_as<A>(kv.v + t * kv.v_stride + column + v * width);
+      keep_in_register(step[v]);
     }
     GQA_UNROLL
     for (int r = 0; r < Rows; ++r) {
@@ -116,32 +114,37 @@ void value_row_columns(const kv_rows<K, V>& kv, const A* p, const A* alpha, A* o
   }
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    const packet<A> scale = broadcast(alpha[r]);
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) {
-      A* const to = out + r * out_stride + column + v * width;
-      store(to, madd(load(to), scale, sum[r][v]));
-    }
+    for (int v = 0; v < Vectors; ++v) store(sums + r * sums_stride + column + v * width, sum[r][v]);
   }
 }
 
-/// O [Rows, E] = alpha O + P V. Few rows leave registers for twice the columns: whole rows of values at a time.
+/// sums [Rows, E] += P V. Few rows leave registers for twice the columns: whole rows of values at a time.
 template <class A, int Rows, class K, class V>
-void value_rows(const kv_rows<K, V>& kv, const A* p, const A* alpha, A* out, index_t out_stride,
-                index_t value_dim) noexcept {
+void value_rows(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sums_stride, index_t value_dim) noexcept {
   constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
   index_t column = 0;
   for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<A, Rows, wide>(kv, p, alpha, out, out_stride, column);
+    value_row_columns<A, Rows, wide>(kv, p, sums, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<A, Rows, block_vectors>(kv, p, alpha, out, out_stride, column);
+    value_row_columns<A, Rows, block_vectors>(kv, p, sums, sums_stride, column);
+}
+
+/// O [Rows, E] = alpha O + the sums of a tile, once all of its groups are in.
+template <class A>
+void add_tile_sums(const A* sums, const A* alpha, A* out, index_t rows, index_t stride) noexcept {
+  for (index_t r = 0; r < rows; ++r) {
+    const packet<A> scale = broadcast(alpha[r]);
+    for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
+      store(out + e, madd(load(out + e), scale, load(sums + e)));
+  }
 }
 
 /// The two products for each number of rows in a block.
 template <class A, class K, class V>
 struct row_kernels {
   using scores_kernel = void (*)(const kv_rows<K, V>&, const A*, index_t, index_t, A*) noexcept;
-  using values_kernel = void (*)(const kv_rows<K, V>&, const A*, const A*, A*, index_t, index_t) noexcept;
+  using values_kernel = void (*)(const kv_rows<K, V>&, const A*, A*, index_t, index_t) noexcept;
   static constexpr std::array<scores_kernel, block_rows> scores = {score_rows<A, 1, K, V>, score_rows<A, 2, K, V>,
                                                                    score_rows<A, 3, K, V>, score_rows<A, 4, K, V>,
                                                                    score_rows<A, 5, K, V>, score_rows<A, 6, K, V>};

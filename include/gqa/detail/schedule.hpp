@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <utility>
 
 #include <gqa/config.hpp>
@@ -101,27 +102,37 @@ class scheduler {
     workspace_bytes_ = carve_workspace(nullptr, measured);
     const index_t packed = packs_ ? wave_pairs_ * most_tiles_ : 0;
     const index_t states = splits_apart_ ? wave_pairs_ * row_tiles_ * most_splits_ : 0;
-    const std::size_t all_workspaces = workspace_bytes_ * static_cast<std::size_t>(workers_ * bundle_);
+    const index_t source_tile = packs_ ? 0 : round_up(kv_.scratch_elements(), panel_tokens);
+    source_tile_bytes_ = static_cast<std::size_t>(source_tile) * sizeof(A);
+    const std::size_t all_workspaces = (workspace_bytes_ * static_cast<std::size_t>(bundle_) + source_tile_bytes_) *
+                                       static_cast<std::size_t>(workers_);
+    const std::size_t all_members =
+        static_cast<std::size_t>(round_up(workers_ * bundle_ * index_t{sizeof(member)}, 64));
     const std::size_t all_tiles = static_cast<std::size_t>(packed * tile_elements()) * sizeof(A);
     const std::size_t all_states = static_cast<std::size_t>(states * state_elements()) * sizeof(A);
-    std::byte* const memory =
-        ctx_.detail_scratch(all_workspaces + all_tiles + all_states + static_cast<std::size_t>(packed) * 4 + 64);
+    std::byte* const memory = ctx_.detail_scratch(all_workspaces + all_members + all_tiles + all_states +
+                                                  static_cast<std::size_t>(packed) * 4);
     if (memory == nullptr) return false;
-    workspaces_ = memory;
-    packed_ = reinterpret_cast<A*>(memory + all_workspaces);
-    states_ = reinterpret_cast<A*>(memory + all_workspaces + all_tiles);
-    nonfinite_ = reinterpret_cast<std::uint32_t*>(memory + all_workspaces + all_tiles + all_states);
+    std::byte* at = memory;
+    const auto take = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
+    workspaces_ = take(all_workspaces);
+    members_ = reinterpret_cast<member*>(take(all_members));
+    packed_ = reinterpret_cast<A*>(take(all_tiles));
+    states_ = reinterpret_cast<A*>(take(all_states));
+    nonfinite_ = reinterpret_cast<std::uint32_t*>(at);
     return true;
   }
 
   std::size_t carve_workspace(std::byte* memory, workspace<A>& w) const noexcept {
-    return workspace<A>::carve(memory, tile_rows_, engine_.q_stride(), engine_.out_stride(),
-                               packs_ ? 0 : kv_.scratch_elements(), w);
+    return workspace<A>::carve(memory, tile_rows_, engine_.q_stride(), engine_.out_stride(), w);
   }
   /// Workspace of a worker for the n-th row tile of a bundle.
   [[nodiscard]] workspace<A> workspace_of(index_t worker, index_t n) const noexcept {
+    std::byte* const own = workspaces_ + (workspace_bytes_ * static_cast<std::size_t>(bundle_) + source_tile_bytes_) *
+                                             static_cast<std::size_t>(worker);
     workspace<A> w;
-    carve_workspace(workspaces_ + workspace_bytes_ * static_cast<std::size_t>(worker * bundle_ + n), w);
+    carve_workspace(own + source_tile_bytes_ + workspace_bytes_ * static_cast<std::size_t>(n), w);
+    w.tile = reinterpret_cast<A*>(own);  // one for all: used by one row tile at a time
     return w;
   }
 
@@ -177,6 +188,13 @@ class scheduler {
     };
   }
 
+  /// One row tile of a bundle at work.
+  struct member {
+    row_tile rows;
+    workspace<A> w;
+    raw_states<A> states;
+  };
+
   /// What a task works on: row tile `i` of `bundle_` neighbouring pairs of one sequence.
   struct bundle {
     index_t first_pair, i;
@@ -203,24 +221,43 @@ class scheduler {
   template <class TileAt, class StatesOf>
   void attend_split(const bundle& item, key_range split, const TileAt& tile_at, index_t worker,
                     const StatesOf& states_of) const {
-    const auto for_each_row_tile = [&](const auto& f) {
-      for (index_t n = 0; n < bundle_; ++n) {
-        const row_tile t = row_tile_of(item, n);
-        workspace<A> w = workspace_of(worker, n);
-        if (t.rows > 0) f(n, t, w, states_of(n, w));
-      }
-    };
-    for_each_row_tile([&](index_t, const row_tile& t, workspace<A>& w, const raw_states<A>& states) {
-      engine_.begin_split(t, w, states);
-    });
-    for (index_t i = split.begin; i < split.end; ++i) {
-      for_each_row_tile([&](index_t n, const row_tile& t, workspace<A>& w, const raw_states<A>& states) {
-        engine_.attend(t, i, n + 1 < bundle_ ? t.g + 1 : t.g, tile_at, w, states);
-      });
+    const std::span<member> all(members_ + worker * bundle_, static_cast<std::size_t>(bundle_));
+    std::size_t count = 0;
+    for (index_t n = 0; n < bundle_; ++n) {
+      const row_tile t = row_tile_of(item, n);
+      const workspace<A> w = workspace_of(worker, n);
+      if (t.rows > 0) all[count++] = {t, w, states_of(n, w)};
     }
-    for_each_row_tile([&](index_t, const row_tile& t, workspace<A>& w, const raw_states<A>& states) {
-      engine_.end_split(t, w, states);
-    });
+    const std::span<member> members = all.first(count);
+    for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
+    for (index_t i = split.begin; i < split.end; ++i) {
+      bool in_place = false;
+      for (member& m : members) {
+        engine_.attend(m.rows, i, tile_at, m.w, m.states);
+        in_place = in_place || *m.w.in_place;
+      }
+      if (in_place) attend_in_place(members, i);
+    }
+    for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
+  }
+
+  /// Key tile i for those of a bundle who read it in place: all heads of a group of tokens before the next group, which
+  /// is memory from front to back where a token's heads lie together.
+  void attend_in_place(std::span<member> members, index_t i) const noexcept {
+    constexpr index_t groups = tile_tokens / group_tokens;
+    for (index_t group = 0; group < groups; ++group) {
+      for (member& m : members) {
+        if (*m.w.in_place) engine_.score_group(m.rows, i, group, m.w);
+      }
+    }
+    for (member& m : members) {
+      if (*m.w.in_place) engine_.weigh_groups(m.rows, m.w, m.states);
+    }
+    for (index_t group = 0; group < groups; ++group) {
+      for (member& m : members) {
+        if (*m.w.in_place) engine_.apply_group(m.rows, i, group, m.w, m.states);
+      }
+    }
   }
 
   /// A task is a bundle: its splits from left to right, merged as they finish. Late rows see most keys: first.
@@ -305,8 +342,10 @@ class scheduler {
   bool packs_ = false;
   bool splits_apart_ = false;
 
-  std::size_t workspace_bytes_ = 0;
+  std::size_t workspace_bytes_ = 0;    // of one row tile
+  std::size_t source_tile_bytes_ = 0;  // of a worker's tile for the source
   std::byte* workspaces_ = nullptr;
+  member* members_ = nullptr;           // [workers, bundle]
   A* packed_ = nullptr;                 // [wave pairs, most tiles, tile elements]
   A* states_ = nullptr;                 // [wave pairs * row tiles, most splits, state elements]
   std::uint32_t* nonfinite_ = nullptr;  // [wave pairs, most tiles]

@@ -49,11 +49,13 @@ struct workspace {
   A* alpha;                // [rows]
   raw_states<A> current;   // of the split at work
   raw_states<A> total;     // of the splits before it
-  A* tile;                 // of the source
   std::uint64_t* visible;  // [rows], a bit a key of the tile at work
+  A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where it is read in place
+  bool* in_place;          // whether it is
+  A* tile = nullptr;       // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
-  static std::size_t carve(std::byte* memory, index_t rows, index_t q_stride, index_t out_stride, index_t tile_elements,
+  static std::size_t carve(std::byte* memory, index_t rows, index_t q_stride, index_t out_stride,
                            workspace& w) noexcept {
     std::size_t used = 0;
     const auto take = [&]<class T>(T*& piece, index_t count) {
@@ -72,7 +74,8 @@ struct workspace {
     take(w.visible, rows);
     take_states(w.current);
     take_states(w.total);
-    take(w.tile, tile_elements);
+    take(w.tile_sums, std::min<index_t>(rows, block_rows) * out_stride);
+    take(w.in_place, 1);
     return used;
   }
 };
@@ -130,25 +133,39 @@ class tile_engine {
     std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
   }
 
-  /// Attends to key tile i of the split. tile_at(b, g, i, scratch) packs it or finds it packed; `next_head` is
-  /// the KV head whose tile i will be attended to afterwards (or t.g), a hint for prefetching.
+  /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed. Where few rows see all
+  /// of it, this is left to the three steps below, and *w.in_place says so.
   template <class TileAt>
-  void attend(const row_tile& t, index_t i, index_t next_head, const TileAt& tile_at, workspace<A>& w,
-              const raw_states<A>& states) const {
+  void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace<A>& w, const raw_states<A>& states) const {
     const visibility seen = find_visible(t, i, w.visible);
-    if (seen == visibility::none) return;
+    // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN.
+    *w.in_place = has_rows && reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
+    if (seen != visibility::none && !*w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+  }
+
+  /// In place, first: the scores of group `n` of key tile i.
+  void score_group(const row_tile& t, index_t i, index_t n, workspace<A>& w) const noexcept {
     if constexpr (has_rows) {
-      // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN.
-      if (seen == visibility::all && rows_of(t.g) <= block_rows && reads_rows_) {
-        auto rows = kv_.rows(t.b, t.g, i);
-        if (next_head != t.g) {
-          const auto next = kv_.rows(t.b, next_head, i);
-          rows.next_k = next.k, rows.next_v = next.v;
-        }
-        return attend_rows(t, rows, w, states);
-      }
+      const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
+      row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](rows, w.q, q_stride(), problem_.shape.head_dim,
+                                                                        w.s + n * group_tokens);
     }
-    attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+  }
+  /// In place, once all groups are scored: their weights.
+  void weigh_groups(const row_tile& t, workspace<A>& w, const raw_states<A>& states) const noexcept {
+    for (index_t r = 0; r < t.rows; ++r)
+      w.alpha[r] = softmax_step(w.s + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
+    std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
+  }
+  /// In place, last: the values of group `n` of key tile i.
+  void apply_group(const row_tile& t, index_t i, index_t n, workspace<A>& w,
+                   const raw_states<A>& states) const noexcept {
+    if constexpr (has_rows) {
+      const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
+      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](rows, w.s + n * group_tokens, w.tile_sums,
+                                                                        out_stride(), problem_.shape.value_dim);
+      if (n + 1 == tile_tokens / group_tokens) add_tile_sums(w.tile_sums, w.alpha, states.out, t.rows, out_stride());
+    }
   }
 
   /// Ends a split: adds up the lanes of the sums.
@@ -182,6 +199,11 @@ class tile_engine {
  private:
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
   static constexpr bool has_rows = requires(const Source& kv) { kv.rows(index_t{}, index_t{}, index_t{}); };
+
+  template <class K, class V>
+  [[nodiscard]] static constexpr row_kernels<A, K, V> row_kernels_of(const kv_rows<K, V>&) noexcept {
+    return {};
+  }
 
   [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
     const index_t group = problem_.group_size(t.g), s = (t.first + r) / group;
@@ -258,17 +280,6 @@ class tile_engine {
       weigh_block(t, first_row(block), first_row(block + 1), i, tile, w, states);
     for (index_t block = 0; block < blocks; ++block)
       apply_block(first_row(block), first_row(block + 1), tile, w, states);
-  }
-
-  /// One key tile that the few rows of a tile see whole, read in place.
-  template <class K, class V>
-  void attend_rows(const row_tile& t, const kv_rows<K, V>& kv, workspace<A>& w,
-                   const raw_states<A>& states) const noexcept {
-    const auto kernel = static_cast<std::size_t>(t.rows - 1);
-    row_kernels<A, K, V>::scores[kernel](kv, w.q, q_stride(), problem_.shape.head_dim, w.s);
-    for (index_t r = 0; r < t.rows; ++r)
-      w.alpha[r] = softmax_step(w.s + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
-    row_kernels<A, K, V>::values[kernel](kv, w.s, w.alpha, states.out, out_stride(), problem_.shape.value_dim);
   }
 
   [[nodiscard]] block_operands<A> operands_of(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
