@@ -350,19 +350,24 @@ TEST(Scale, OfZeroAndBelow) {
 
 // --- NaN and infinities ---
 
+// Dim 64 fills packets, so that few rows read whole tiles in place; 24 does not.
+constexpr std::array<index_t, 2> packed_and_in_place = {24, 64};
+
 // Everything a query may not see is poisoned, in keys and in values; not a bit may change.
 TEST(HiddenNaN, NeverReachesAnOutput) {
   for (const float poison : {nan, inf, -inf}) {
-    for (const index_t s : {1, 7, 40}) {
-      auto in = make_call({1, s, 150, 6, 2, 32, 32}, with_causal);
-      const std::vector<index_t> lengths{101};
-      in.options.kv_lengths = lengths;
-      in.options.query_offset = 60;  // the causal edge runs through a tile, before the padding
-      const auto clean = run(in);
-      for (index_t t = 60 + s; t < 150; ++t)
-        for (index_t g = 0; g < 2; ++g)
-          for (index_t d = 0; d < 32; ++d) in.k.view()(0, t, g, d) = in.v.view()(0, t, g, d) = poison;
-      EXPECT_TRUE(run(in).same_bits(clean)) << poison << " q_len " << s;
+    for (const index_t s : {1, 2, 7, 40}) {
+      for (const index_t dim : packed_and_in_place) {
+        auto in = make_call({1, s, 150, 6, 2, dim, dim}, with_causal);
+        const std::vector<index_t> lengths{101};
+        in.options.kv_lengths = lengths;
+        in.options.query_offset = 60;  // the causal edge runs through a tile, before the padding
+        const auto clean = run(in);
+        for (index_t t = 60 + s; t < 150; ++t)
+          for (index_t g = 0; g < 2; ++g)
+            for (index_t d = 0; d < dim; ++d) in.k.view()(0, t, g, d) = in.v.view()(0, t, g, d) = poison;
+        EXPECT_TRUE(run(in).same_bits(clean)) << poison << " q_len " << s << " dim " << dim;
+      }
     }
   }
 }
@@ -386,51 +391,64 @@ TEST(HiddenNaN, InTheTileOfTheCausalEdgeIsKeptOutRowByRow) {
 }
 
 TEST(HiddenNaN, BehindAMask) {
-  auto in = make_call({2, 9, 140, 4, 2, 16, 16}, with_mask);
-  in.options.mask.reset();
-  auto mask = std::make_unique<bool[]>(140 * 9);
-  for (index_t i = 0; i < 140 * 9; ++i) mask[static_cast<std::size_t>(i)] = i % 140 % 5 != 2;
-  in.options.mask = tensor_view<const bool, 4>(mask.get(), {1, 1, 9, 140});
-  const auto clean = run(in);
-  for (index_t b = 0; b < 2; ++b)
-    for (index_t t = 2; t < 140; t += 5)
-      for (index_t g = 0; g < 2; ++g)
-        for (index_t d = 0; d < 16; ++d) in.k.view()(b, t, g, d) = in.v.view()(b, t, g, d) = nan;
-  EXPECT_TRUE(run(in).same_bits(clean));
+  for (const index_t s : {1, 3, 9}) {
+    for (const index_t dim : packed_and_in_place) {
+      auto in = make_call({2, s, 200, 4, 2, dim, dim});
+      const auto size = static_cast<std::size_t>(200 * s);
+      auto mask = std::make_unique<bool[]>(size);
+      // The first tile is seen whole, a fifth of the others' keys are hidden.
+      const auto hidden = [](index_t t) { return t >= 64 && t % 5 == 2; };
+      for (std::size_t i = 0; i < size; ++i) mask[i] = !hidden(static_cast<index_t>(i) % 200);
+      in.options.mask = tensor_view<const bool, 4>(mask.get(), {1, 1, s, 200});
+      const auto clean = run(in);
+      for (index_t t = 0; t < 200; ++t) {
+        for (index_t i = 0; i < 2 * 2 * dim && hidden(t); ++i)
+          in.k.view()(i / (2 * dim), t, i / dim % 2, i % dim) = in.v.view()(i / (2 * dim), t, i / dim % 2, i % dim) =
+              nan;
+      }
+      EXPECT_TRUE(run(in).same_bits(clean)) << "q_len " << s << " dim " << dim;
+    }
+  }
 }
 
 TEST(HiddenNaN, BehindKeyLengthsIsNotEvenRead) {
-  auto in = make_call({2, 3, 200, 2, 1, 16, 16}, with_causal);
-  const std::vector<index_t> lengths{77, 0};
-  in.options.kv_lengths = lengths;
-  const auto clean = run(in);
-  for (index_t t = 0; t < 200; ++t)
-    for (index_t d = 0; d < 16; ++d) {
-      if (t >= 77) in.k.view()(0, t, 0, d) = in.v.view()(0, t, 0, d) = nan;
-      in.k.view()(1, t, 0, d) = in.v.view()(1, t, 0, d) = nan;
-    }
-  EXPECT_TRUE(run(in).same_bits(clean));
+  for (const index_t dim : packed_and_in_place) {
+    auto in = make_call({2, 3, 200, 2, 1, dim, dim}, with_causal);
+    const std::vector<index_t> lengths{77, 0};
+    in.options.kv_lengths = lengths;
+    const auto clean = run(in);
+    for (index_t t = 0; t < 200; ++t)
+      for (index_t d = 0; d < dim; ++d) {
+        if (t >= 77) in.k.view()(0, t, 0, d) = in.v.view()(0, t, 0, d) = nan;
+        in.k.view()(1, t, 0, d) = in.v.view()(1, t, 0, d) = nan;
+      }
+    EXPECT_TRUE(run(in).same_bits(clean)) << "dim " << dim;
+  }
 }
 
 TEST(VisibleNaN, StaysNaN) {
-  const shape n{1, 3, 150, 4, 2, 32, 32};
-  const auto all_nan_from = [&](float_call& in, index_t head_from, index_t head_to) {
-    const auto got = run(in);
-    for (index_t s = 0; s < 3; ++s)
-      for (index_t h = 0; h < 4; ++h) {
-        const bool expected = h >= head_from && h < head_to;
-        EXPECT_EQ(std::isnan(got.out[static_cast<std::size_t>((s * 4 + h) * 32 + 5)]), expected) << s << ' ' << h;
-      }
-  };
-  auto key = make_call(n);
-  key.k.view()(0, 70, 1, 3) = nan;
-  all_nan_from(key, 2, 4);
-  auto value = make_call(n);
-  value.v.view()(0, 149, 0, 5) = nan;
-  all_nan_from(value, 0, 2);
-  auto query_nan = make_call(n);
-  for (index_t s = 0; s < 3; ++s) query_nan.q.view()(0, s, 2, 31) = nan;
-  all_nan_from(query_nan, 2, 3);
+  for (const index_t dim : packed_and_in_place) {
+    const shape n{1, 3, 150, 4, 2, dim, dim};
+    const auto all_nan_from = [&](float_call& in, index_t head_from, index_t head_to) {
+      const auto got = run(in);
+      for (index_t s = 0; s < 3; ++s)
+        for (index_t h = 0; h < 4; ++h) {
+          const bool expected = h >= head_from && h < head_to;
+          EXPECT_EQ(std::isnan(got.out[static_cast<std::size_t>((s * 4 + h) * dim + 5)]), expected) << s << ' ' << h;
+        }
+    };
+    auto key = make_call(n);
+    key.k.view()(0, 70, 1, 3) = nan;
+    all_nan_from(key, 2, 4);
+    for (const index_t t : {149, 5}) {
+      auto value = make_call(n);
+      value.v.view()(0, t, 0, 5) = nan;
+      all_nan_from(value, 0, 2);
+    }
+    auto query_nan = make_call(n);
+    for (index_t s = 0; s < 3; ++s) query_nan.q.view()(0, s, 2, dim - 1) = nan;
+    all_nan_from(query_nan, 2, 3);
+  }
   auto only_key = make_call({1, 1, 1, 1, 1, 8, 8});
   only_key.k.view()(0, 0, 0, 0) = nan;
   const auto got = run(only_key);

@@ -2,9 +2,13 @@
 // The same bits whoever runs a call: any number of threads, any executor, any batch around a sequence.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -95,6 +99,40 @@ TEST(Reproducibility, DoesNotDependOnTheBatch) {
       EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + static_cast<std::size_t>(b) * size, size * sizeof(float)),
                 0)
           << "sequence " << b << " of " << c.name();
+    }
+  }
+}
+
+// Heads whose keys lie together are read together; each KV head's group on its own gives the same bits, whether its own
+// mask leaves whole tiles or not.
+TEST(Reproducibility, DoesNotDependOnTheOtherHeads) {
+  for (const index_t s : {1, 3, 20}) {
+    operands<float, float> in(attention_case{{1, s, 900, 8, 4, 64, 64}, with_causal | with_sinks, layout::bshd});
+    const std::size_t row = 900;
+    const auto mask = std::make_unique<bool[]>(8 * static_cast<std::size_t>(s) * row);
+    std::fill_n(mask.get(), 8 * static_cast<std::size_t>(s) * row, true);
+    for (const std::size_t hidden : {3 * row * static_cast<std::size_t>(s) + 70, 5 * row * static_cast<std::size_t>(s)})
+      mask[hidden] = false;  // one key each of heads 3 and 5
+    in.options.mask = tensor_view<const bool, 4>(mask.get(), {1, 8, s, 900});
+    context ctx;
+    const auto expected = run(in, ctx);
+    EXPECT_TRUE(matches_oracle(in, ctx));
+    for (index_t g = 0; g < 4; ++g) {
+      const auto heads = [&](const auto& x, index_t first, index_t count) {
+        return gqa::view(&x(0, 0, first, 0), {1, x.extent(1), count, x.extent(3)},
+                         {x.stride(0), x.stride(1), x.stride(2), x.stride(3)});
+      };
+      auto options = in.options;
+      options.sinks = options.sinks.subspan(static_cast<std::size_t>(2 * g), 2);
+      options.mask = tensor_view<const bool, 4>(mask.get() + 2 * g * s * 900, {1, 2, s, 900});
+      std::vector<float> out(static_cast<std::size_t>(s * 2 * 64));
+      attention(heads(std::as_const(in).q.view(), 2 * g, 2), heads(std::as_const(in).k.view(), g, 1),
+                heads(std::as_const(in).v.view(), g, 1), view(out.data(), {1, s, 2, 64}), options, ctx);
+      for (index_t i = 0; i < s; ++i) {
+        EXPECT_EQ(
+            std::memcmp(out.data() + i * 2 * 64, expected.out.data() + (i * 8 + 2 * g) * 64, 2 * 64 * sizeof(float)), 0)
+            << "KV head " << g << ", query " << i << " of " << s;
+      }
     }
   }
 }

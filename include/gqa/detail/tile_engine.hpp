@@ -231,7 +231,7 @@ class tile_engine {
       std::fill_n(visible, t.rows, all_keys);
       return visibility::all;
     }
-    std::uint64_t any = 0;
+    std::uint64_t any = 0, every = all_keys;
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
       const key_range seen = interval_.keys_of(row.position, keys);
@@ -240,8 +240,10 @@ class tile_engine {
       if (block == visibility::some) bits = keep_visible(bits, row, first_key);
       visible[r] = bits;
       any |= bits;
+      every &= bits;
     }
-    return any == 0 ? visibility::none : visibility::some;
+    if (any == 0) return visibility::none;
+    return every == all_keys ? visibility::all : visibility::some;
   }
 
   [[nodiscard]] std::uint64_t keep_unmasked(std::uint64_t bits, const row_index& row,
