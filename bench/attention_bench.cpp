@@ -92,7 +92,7 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
   samples own, twin, peak, read;
   for (auto _ : state) {
     own.add(seconds_of(call));
-    state.SetIterationTime(own.median());
+    state.SetIterationTime(own.median());  // what the counters use; a single slow run does not show
     if (own.size() > 30) continue;
     peak.add(multiply_add_rate<accumulator_t<K>>(*w));
     if (c.shape.q_len == 1) read.add(memory().rate(*w));

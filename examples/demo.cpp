@@ -4,7 +4,6 @@
 // All three use the same threads. Exits with 1 if the library's result is not the reference's.
 #include <unistd.h>
 
-#include <unistd.h>
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -68,12 +67,13 @@ std::vector<row> measure(const workload& w, const grouping& of, gqa::context& ct
     gqa::bench::operands<float, float> in(n, order);
     const gqa::tensor_view<const float, 4> q = in.q.view(), k = in.k.view(), v = in.v.view();
     const auto out = in.out.view();
+    gqa::bench::tensor<float> product_out({1, w.q_len, q_heads, head_dim}, gqa::layout::bshd);
     if (rows.empty())  // once: it takes longest, and nobody lays out memory for it
       naive_seconds = seconds_of([&] { gqa::bench::naive_attention(q, k, v, exact.view(), {.causal = true}, ctx); });
     samples ours, products;
     double spent = 0;
     for (int repeat = 0; repeat < 5 || (spent < 0.6 && repeat < 200); ++repeat) {  // interleaved
-      const double product = seconds_of([&] { gqa::bench::eigen_attention(q, k, v, out, ctx); });
+      const double product = seconds_of([&] { gqa::bench::eigen_attention(q, k, v, product_out.view(), ctx); });
       const double own = seconds_of([&] { gqa::attention(q, k, v, out, {.causal = true}, ctx); });
       products.add(product), ours.add(own);
       spent += product + own;

@@ -54,7 +54,9 @@ std::vector<attention_case> grid() {
 
 unsigned number_of_random_cases() {
   const char* const text = std::getenv("GQA_TEST_CASES");
-  return text == nullptr ? 300u : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
+  const unsigned long number = text == nullptr ? 300 : std::strtoul(text, nullptr, 10);
+  EXPECT_GT(number, 0u) << "GQA_TEST_CASES=" << text;
+  return static_cast<unsigned>(number);
 }
 
 TEST(AttentionMatchesReference, OverTheGrid) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -88,7 +89,22 @@ TEST(FullyMaskedRow, OfBiasesOfMinusInfinity) {
 
 // --- extreme scores ---
 
-// Queries and keys with one large coordinate: scores near +-1e5, whose rounding alone is 1e5 u.
+// Scores of this size err by a few ulp of the largest, which is then exponentiated: c eps max|score| max|value|, c = 4.
+::testing::AssertionResult matches_large_scores(const float_call& in, double at_least) {
+  const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+  if (expected.max_score < at_least) return ::testing::AssertionFailure() << "largest score " << expected.max_score;
+  const auto got = run(in);
+  const double bound = 4 * 0x1p-23 * expected.max_score;
+  comparison compared;
+  for (std::size_t i = 0; i < got.out.size(); ++i)
+    compared.add(static_cast<double>(got.out[i]), expected.out[i], bound * expected.max_value,
+                 "out " + std::to_string(i));
+  for (std::size_t i = 0; i < got.lse.size(); ++i)
+    compared.add(static_cast<double>(got.lse[i]), expected.lse[i], bound, "lse " + std::to_string(i));
+  return compared.result();
+}
+
+// Queries and keys with one large coordinate: scores near +-1e5.
 TEST(ExtremeScores, OfPlusAndMinusOneHundredThousand) {
   for (const double sign : {1.0, -1.0}) {
     auto in = make_call({1, 5, 300, 4, 2, 64, 64});
@@ -96,18 +112,7 @@ TEST(ExtremeScores, OfPlusAndMinusOneHundredThousand) {
       for (index_t s = 0; s < 5; ++s) in.q.view()(0, s, h, 0) = static_cast<float>(sign * 1000);
     for (index_t t = 0; t < 300; ++t)
       for (index_t g = 0; g < 2; ++g) in.k.view()(0, t, g, 0) = 800 + static_cast<float>(t % 7);
-    context ctx;
-    const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
-    ASSERT_GT(expected.max_score, 9e4);
-    const auto got = test::run(in, ctx);
-    // An error of a few ulp of the largest score, exponentiated: c eps max|score| max|value| with c = 4.
-    const double bound = 4 * 0x1p-23 * expected.max_score * expected.max_value;
-    comparison compared;
-    for (std::size_t i = 0; i < got.out.size(); ++i)
-      compared.add(static_cast<double>(got.out[i]), expected.out[i], bound, "out " + std::to_string(i));
-    for (std::size_t i = 0; i < got.lse.size(); ++i)
-      compared.add(static_cast<double>(got.lse[i]), expected.lse[i], 4 * 0x1p-23 * expected.max_score, "lse");
-    EXPECT_TRUE(compared.result());
+    EXPECT_TRUE(matches_large_scores(in, 9e4));
   }
 }
 
@@ -116,13 +121,8 @@ TEST(ExtremeScores, AllVeryNegative) {
   in.options.scale = 1.0;
   for (index_t t = 0; t < 200; ++t) in.k.view()(0, t, 0, 0) = -3000;
   for (index_t s = 0; s < 3; ++s)
-    for (index_t h = 0; h < 2; ++h) in.q.view()(0, s, h, 0) = 30;  // scores near -90000
-  const auto got = run(in);
-  EXPECT_TRUE(all_finite(got.out));
-  for (const float lse : got.lse) EXPECT_NEAR(static_cast<double>(lse), -9e4, 200);
-  double sum = 0;
-  for (const float x : got.out) sum += std::abs(static_cast<double>(x));
-  EXPECT_GT(sum, 1);
+    for (index_t h = 0; h < 2; ++h) in.q.view()(0, s, h, 0) = 30;
+  EXPECT_TRUE(matches_large_scores(in, 8.9e4));
 }
 
 TEST(ExtremeScores, OneKeyFarAboveAllOthers) {
@@ -220,8 +220,8 @@ TEST(ZeroExtents, AreLegal) {
   for (const shape n : {shape{0, 3, 4, 2, 1, 8, 8}, shape{2, 0, 4, 2, 1, 8, 8}, shape{2, 3, 0, 2, 1, 8, 8}}) {
     auto in = make_call(n, with_causal);
     const auto got = run(in);
-    EXPECT_TRUE(all_zero(got.out));
     if (n.b * n.s > 0) {
+      EXPECT_TRUE(all_zero(got.out));
       EXPECT_EQ(got.lse, std::vector<float>(got.lse.size(), -inf));
     }
   }
@@ -276,7 +276,7 @@ TEST(Window, ThatHidesTheWholeFirstTile) {
   auto in = make_call({1, 3, 300, 2, 1, 16, 16}, with_causal);
   in.options.window = {64, -1};
   for (index_t t = 0; t < 230; ++t)
-    for (index_t d = 0; d < 16; ++d) in.k.view()(0, t, 0, d) = nan;
+    for (index_t d = 0; d < 16; ++d) in.k.view()(0, t, 0, d) = in.v.view()(0, t, 0, d) = nan;
   const auto got = run(in);
   EXPECT_TRUE(all_finite(got.out));
   EXPECT_TRUE(matches(in));
@@ -350,8 +350,8 @@ TEST(Scale, OfZeroAndBelow) {
 
 // --- NaN and infinities ---
 
-// Dim 64 fills packets, so that few rows read whole tiles in place; 24 does not.
-constexpr std::array<index_t, 2> packed_and_in_place = {24, 64};
+// Dim 64 fills packets, so that few rows read whole tiles in place; 65 does not.
+constexpr std::array<index_t, 2> packed_and_in_place = {65, 64};
 
 // Everything a query may not see is poisoned, in keys and in values; not a bit may change.
 TEST(HiddenNaN, NeverReachesAnOutput) {
@@ -456,6 +456,24 @@ TEST(VisibleNaN, StaysNaN) {
   EXPECT_TRUE(std::isnan(got.lse[0]));
 }
 
+// An infinite key is visible: its weight of 0 does not keep out a value that is NaN. A bias of -inf would.
+TEST(VisibleNaN, OfAKeyWhoseScoreIsMinusInfinity) {
+  for (const index_t dim : packed_and_in_place) {
+    for (const bool biased : {false, true}) {
+      auto in = make_call({1, 2, 130, 2, 1, dim, dim}, biased ? with_bias : 0u);
+      std::fill(in.q.data().begin(), in.q.data().end(), 1.0f);
+      in.k.view()(0, 20, 0, 3) = -inf;
+      in.v.view()(0, 20, 0, 7) = nan;
+      const auto got = run(in);
+      EXPECT_EQ(std::isnan(got.out[7]), !biased) << "dim " << dim;
+      std::vector<float> expected(got.out.size());
+      reference::attention(in.q.view(), in.k.view(), in.v.view(), view(expected.data(), {1, 2, 2, dim}), in.options);
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        EXPECT_EQ(std::isnan(got.out[i]), std::isnan(expected[i])) << "dim " << dim << ", element " << i;
+    }
+  }
+}
+
 TEST(VisibleNaN, IsStoredAsOneBitPattern) {
   auto in = make_call({1, 1, 100, 2, 1, 16, 16});
   in.k.view()(0, 3, 0, 0) = -nan;
@@ -516,21 +534,90 @@ TEST(Views, WithNegativeStrides) {
   EXPECT_EQ(out, expected.out);
 }
 
-// Keys 2^33 bytes apart in a mapping that is only touched where they lie.
+// Every operand's sequences 2^34 bytes apart, in a mapping that is only touched where they lie.
 TEST(Views, WithOffsetsPastTwoToThe31) {
-  const std::size_t bytes = std::size_t{40} << 30;
+  const index_t apart = (index_t{1} << 32) + 48;  // elements
+  const std::size_t bytes = std::size_t{100} << 30;
   void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) GTEST_SKIP() << "no sparse mapping of 40 GiB to be had";
-  auto in = make_call({1, 2, 4, 2, 1, 16, 16});
-  const index_t stride = (index_t{1} << 31) + 48;
-  const auto far = view(static_cast<float*>(memory), {1, 4, 1, 16}, {0, stride, 16, 1});
-  for (index_t t = 0; t < 4; ++t)
-    for (index_t d = 0; d < 16; ++d) far(0, t, 0, d) = in.k.view()(0, t, 0, d);
-  const auto expected = run(in);
-  std::vector<float> out(expected.out.size());
-  attention(in.q.view(), far, in.v.view(), view(out.data(), {1, 2, 2, 16}));
-  EXPECT_EQ(out, expected.out);
+  if (memory == MAP_FAILED) GTEST_SKIP() << "no sparse mapping of 100 GiB to be had";
+  float* next = static_cast<float*>(memory);
+  const auto far = [&](const tensor_view<const float, 4>& x) {  // a copy with sequences apart
+    const tensor_view<float, 4> to(std::exchange(next, next + x.size()), {2, x.extent(1), x.extent(2), x.extent(3)},
+                                   {apart, x.extent(2) * x.extent(3), x.extent(3), 1});
+    for (index_t b = 0; b < 2; ++b)
+      for (index_t s = 0; s < x.extent(1); ++s)
+        for (index_t h = 0; h < x.extent(2); ++h)
+          for (index_t d = 0; d < x.extent(3); ++d) to(b, s, h, d) = x(b, s, h, d);
+    return to;
+  };
+  for (const index_t s : {1, 40}) {
+    auto in = make_call({2, s, 70, 4, 2, 64, 64}, with_bias);
+    const auto expected = run(in);
+    const auto bias = far(*in.options.bias);
+    const auto q = far(in.q.view()), k = far(in.k.view()), v = far(in.v.view());
+    const auto out = far(tensor_view<const float, 4>(expected.out.data(), {2, s, 4, 64}));
+    for (index_t b = 0; b < 2; ++b) std::fill_n(&out(b, 0, 0, 0), s * 4 * 64, nan);
+    attention(q, k, v, out, {.bias = bias});
+    for (index_t b = 0; b < 2; ++b)
+      EXPECT_EQ(std::memcmp(&out(b, 0, 0, 0), expected.out.data() + b * s * 4 * 64,
+                            static_cast<std::size_t>(s) * 4 * 64 * sizeof(float)),
+                0)
+          << "sequence " << b << ", q_len " << s;
+  }
   munmap(memory, bytes);
+}
+
+// Keys and values that end where the memory does: what lies behind kv_lengths is not touched.
+TEST(Views, BehindKeyLengthsAreNotRead) {
+  const index_t pages = 16, page = 4096, length = 77, row = 64;
+  void* const memory = mmap(nullptr, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  float* const end = static_cast<float*>(memory) + pages / 2 * page / 4;
+  ASSERT_EQ(mprotect(end, static_cast<std::size_t>(pages / 2 * page), PROT_NONE), 0);
+  const tensor_view<float, 4> keys(end - length * row, {1, 200, 1, row}, {0, row, row, 1});
+  for (const index_t s : {1, 3, 40}) {
+    auto in = make_call({1, s, length, 2, 1, row, row}, with_causal);
+    for (index_t t = 0; t < length; ++t)
+      for (index_t d = 0; d < row; ++d) keys(0, t, 0, d) = in.v.view()(0, t, 0, d) = in.k.view()(0, t, 0, d);
+    const auto expected = run(in);
+    std::vector<float> out(expected.out.size());
+    const std::array<index_t, 1> lengths{length};
+    attention(in.q.view(), keys, keys, view(out.data(), {1, s, 2, row}), {.causal = true, .kv_lengths = lengths});
+    EXPECT_EQ(out, expected.out) << "q_len " << s;
+  }
+  munmap(memory, pages * page);
+}
+
+// Masks and biases of any strides: one row for all queries, every other column, heads before sequences.
+TEST(Views, OfMasksAndBiasesMayHaveAnyStrides) {
+  auto in = make_call({2, 6, 150, 4, 2, 64, 64}, with_mask | with_bias);
+  const auto& n = in.of.shape;
+  const auto expect_same = [&](const tensor_view<const bool, 4>& mask, const tensor_view<const float, 4>& bias) {
+    auto dense_mask = std::make_unique<bool[]>(static_cast<std::size_t>(mask.size()));
+    std::vector<float> dense_bias(static_cast<std::size_t>(bias.size()));
+    std::size_t i = 0;
+    for (index_t b = 0; b < n.b; ++b)
+      for (index_t h = 0; h < n.h; ++h)
+        for (index_t s = 0; s < n.s; ++s)
+          for (index_t t = 0; t < n.t; ++t, ++i) {
+            dense_mask[i] = mask(b, h, s, t);
+            dense_bias[i] = bias(b, h, s, t);
+          }
+    const std::array<index_t, 4> extents{n.b, n.h, n.s, n.t};
+    in.options.mask = tensor_view<const bool, 4>(dense_mask.get(), extents);
+    in.options.bias = tensor_view<const float, 4>(dense_bias.data(), extents);
+    EXPECT_TRUE(matches(in));
+    const auto expected = run(in);
+    in.options.mask = mask;
+    in.options.bias = bias;
+    EXPECT_TRUE(run(in).same_bits(expected));
+  };
+  const std::array<index_t, 4> extents{n.b, n.h, n.s, n.t};
+  const bool* const m = in.mask.get();
+  const float* const f = in.bias.data();
+  expect_same({m, extents, {0, n.t, 0, 1}}, {f, extents, {n.t, 0, 0, 1}});
+  expect_same({m, extents, {n.h * n.t, n.t, 0, 2}}, {f, extents, {n.t, n.b * n.s * n.t, n.t, 2}});
+  expect_same({m + 3000, extents, {150, -150, -7, 1}}, {f + 3000, extents, {11, 300, -150, -1}});
 }
 
 // --- grouping ---
@@ -565,15 +652,55 @@ TEST(Groups, MayBeUnequalOrEmpty) {
 
 // --- types ---
 
-// 1000 equal small weights: 16-bit sums would stop growing at 256 (bfloat16) or 2048 steps (half).
+// Sums that would stop growing in 16 bits: small addends after a large one, among the products of a score, among the
+// weights and among the weighted values.
+template <class T>
+void expect_wide_sums(double small /* lost when added to 1 in T */) {
+  constexpr index_t keys = 4000, dim = 128;
+  const std::vector<T> ones(dim, static_cast<T>(1.0f));
+  std::vector<T> k(static_cast<std::size_t>(keys * dim)), v(k.size());
+  for (index_t t = 0; t < keys; ++t)
+    for (index_t d = 0; d < dim; ++d) {
+      k[static_cast<std::size_t>(t * dim + d)] = static_cast<T>(static_cast<float>(d == 0 ? 1 : small));
+      v[static_cast<std::size_t>(t * dim + d)] = static_cast<T>(static_cast<float>(t % 64 == 0 ? 1 : small));
+    }
+  std::vector<float> out(dim), lse(1);
+  const partial_state<float> state{view(out.data(), {1, 1, 1, dim}), tensor_view<float, 3>(lse.data(), {1, 1, 1})};
+  attention(view(ones.data(), {1, 1, 1, dim}), view(k.data(), {1, keys, 1, dim}), view(v.data(), {1, keys, 1, dim}),
+            state, {.scale = 1.0});
+  const double score = 1 + (dim - 1) * small;
+  const double mean = (63 + (keys - 63) * small) / static_cast<double>(keys);  // 63 multiples of 64 below 4000
+  EXPECT_NEAR(static_cast<double>(lse[0]), score + std::log(static_cast<double>(keys)), 2e-6 * (score + 9));
+  for (const float x : out) EXPECT_NEAR(static_cast<double>(x), mean, 2.4e-6);
+}
+
 TEST(SixteenBits, AreNeverAccumulatedInSixteenBits) {
-  const operands<Eigen::bfloat16, Eigen::bfloat16> in(
-      attention_case{{1, 1, 4000, 2, 1, 16, 16}, with_scale, layout::bshd});
-  auto call = in.options;
-  call.scale = 0.0;
-  std::vector<Eigen::bfloat16> ones(4000 * 16, Eigen::bfloat16(1.0f)), out(32);
-  attention(in.q.view(), in.k.view(), view(ones.data(), {1, 4000, 1, 16}), view(out.data(), {1, 1, 2, 16}), call);
-  for (const auto x : out) EXPECT_EQ(static_cast<float>(x), 1.0f);
+  expect_wide_sums<Eigen::bfloat16>(0x1p-9);
+  expect_wide_sums<Eigen::half>(0x1p-12);
+}
+
+// Output types that differ from the queries'.
+template <class Q, class K, class Out>
+void expect_output_type() {
+  const operands<Q, K> in(attention_case{{1, 5, 90, 4, 2, 32, 32}, with_causal, layout::bshd});
+  const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+  std::vector<Out> out(5 * 4 * 32);
+  attention(in.q.view(), in.k.view(), in.v.view(), view(out.data(), {1, 5, 4, 32}), in.options);
+  comparison compared;
+  for (std::size_t i = 0; i < out.size(); ++i)
+    compared.add(
+        static_cast<double>(out[i]), expected.out[i],
+        output_bound<accumulator_t<K>>(expected.max_score, expected.max_value) + storing_error<Out>(expected.out[i]),
+        "out " + std::to_string(i));
+  EXPECT_TRUE(compared.result());
+}
+
+TEST(MixedTypes, OfOutputs) {
+  expect_output_type<float, float, double>();
+  expect_output_type<double, double, float>();
+  expect_output_type<Eigen::half, Eigen::half, float>();
+  expect_output_type<Eigen::bfloat16, Eigen::bfloat16, double>();
+  expect_output_type<float, Eigen::bfloat16, double>();
 }
 
 TEST(MixedTypes, OfKeysValuesAndOutputs) {

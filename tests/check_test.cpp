@@ -136,13 +136,22 @@ TEST(Check, RefusesAnOutputThatOverlapsAnInput) {
   EXPECT_EQ(c.refused("out:"), errc::stride);
   call k;
   k.k = {k.out_data.data(), {2, 5, 2, 8}, {0, 16, 8, 1}};
-  EXPECT_EQ(k.refused("k"), errc::stride);
+  EXPECT_EQ(k.refused("apart from k"), errc::stride);
   call v;
   v.v = {v.out_data.data() + 24, {2, 5, 2, 6}, {0, 12, 6, 1}};
-  EXPECT_EQ(v.refused("v"), errc::stride);
+  EXPECT_EQ(v.refused("apart from v"), errc::stride);
   call bias;
   bias.options.bias = tensor_view<const float, 4>(bias.out_data.data(), {1, 1, 3, 5});
   EXPECT_EQ(bias.refused("options.bias"), errc::stride);
+  call mask;
+  mask.options.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(mask.out_data.data()), {1, 1, 3, 5});
+  EXPECT_EQ(mask.refused("options.mask"), errc::stride);
+  call sinks;
+  sinks.options.sinks = std::span<const float>(sinks.out_data).subspan(5, 4);
+  EXPECT_EQ(sinks.refused("options.sinks"), errc::stride);
+  call lse;
+  lse.q = {lse.lse_data.data(), {2, 3, 4, 8}, {0, 0, 0, 1}};
+  EXPECT_EQ(lse.refused("out.lse", true), errc::stride);
   // Right beside each other is fine.
   call beside;
   beside.q = {shared.data(), {2, 3, 4, 8}};
@@ -162,6 +171,13 @@ TEST(Check, RefusesOptionsWithoutAMeaning) {
   with([&](auto& o) { o.softcap = -1; }, "options.softcap");
   with([&](auto& o) { o.softcap = nan; }, "options.softcap");
   with([&](auto& o) { o.softcap = inf; }, "options.softcap");
+  with([&](auto& o) { o.softcap = 1e39; }, "options.softcap");
+  with([&](auto& o) { o.softcap = 1e-40; }, "options.softcap");
+  static const std::vector<float> nans(4, static_cast<float>(nan)), infinite(4, static_cast<float>(inf));
+  with([&](auto& o) { o.sinks = nans; }, "options.sinks[0]");
+  with([&](auto& o) { o.sinks = infinite; }, "options.sinks[0]");
+  with([&](auto& o) { o.alibi_slopes = nans; }, "options.alibi_slopes[0]");
+  with([&](auto& o) { o.alibi_slopes = infinite; }, "options.alibi_slopes[0]");
   with([&](auto& o) { o.window.left = -2; }, "options.window");
   with([&](auto& o) { o.window.right = -5; }, "options.window");
   static const std::array<index_t, 2> offsets{0, 1};

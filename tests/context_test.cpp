@@ -48,6 +48,14 @@ TEST(Context, CallsFromAllWorkersOfThePoolReturn) {
   EXPECT_EQ(equal, threads * 5);
 }
 
+TEST(Context, TakesAConstExecutor) {
+  const openmp_executor executor(2);
+  context ctx(executor);
+  std::atomic<int> runs{0};
+  ctx.for_each(10, [&](index_t, index_t) { ++runs; });
+  EXPECT_EQ(runs, 10);
+}
+
 TEST(Context, MayDieBeforeItsLateHelpers) {
   Eigen::ThreadPool pool(2);
   operands<float, float> in(attention_case{{1, 300, 300, 4, 2, 32, 32}, with_causal, layout::bshd});

@@ -44,12 +44,17 @@ TEST(Exp2, PassesNaNOn) {
   EXPECT_TRUE(std::isnan(exp2_nonpositive_scalar(std::numeric_limits<double>::quiet_NaN())));
 }
 
+// The larger of two errors; NaN is larger than any.
+double larger(double a, double b) {
+  return std::isnan(a) || b <= a ? a : b;
+}
+
 // Every 61st float from -0 down to where results stop being normal: all exponents, all parts of the polynomial.
 TEST(Exp2, OfFloatsIsWithinOneUlpOverTheWholeRange) {
   double worst = 0;
   const auto last = std::bit_cast<std::uint32_t>(-125.5f);
   for (auto bits = std::bit_cast<std::uint32_t>(-0.0f); bits <= last; bits += 61)
-    worst = std::max(worst, ulps(std::bit_cast<float>(bits)));
+    worst = larger(worst, ulps(std::bit_cast<float>(bits)));
   EXPECT_LE(worst, 1.0);
   RecordProperty("worst_ulp", std::to_string(worst));
 }
@@ -64,8 +69,8 @@ TEST(Exp2, UnderflowsGently) {
 TEST(Exp2, OfDoublesIsWithinOneAndAHalfUlp) {
   rng random(7);
   double worst = 0;
-  for (int i = 0; i < 2'000'000; ++i) worst = std::max(worst, ulps(-1021 * random.uniform()));
-  for (int i = 0; i < 1'000'000; ++i) worst = std::max(worst, ulps(-random.uniform()));
+  for (int i = 0; i < 2'000'000; ++i) worst = larger(worst, ulps(-1021 * random.uniform()));
+  for (int i = 0; i < 1'000'000; ++i) worst = larger(worst, ulps(-random.uniform()));
   EXPECT_LE(worst, 1.5);
 }
 

@@ -5,11 +5,13 @@
 #include <sys/wait.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -189,6 +191,38 @@ class LlamaFiles : public ::testing::Test {
     EXPECT_TRUE(o.err.starts_with("gqa_llama: /")) << what << ": " << o.err;  // names the file
   }
 };
+
+// Weights that are all equal make every next token equally likely: sampling alone decides.
+TEST_F(LlamaFiles, AreSampledBySeed) {
+  const std::string model = store("sampled.bin", checkpoint_bytes()),
+                    tokenizer = store("sampled.tok", tokenizer_bytes());
+  const auto text = [&](const std::string& more) {
+    const outcome o = run_program("--model " + model + " --tokenizer " + tokenizer + " --steps 12 " + more);
+    EXPECT_EQ(o.exit_code, 0) << o.err;
+    return o.out;
+  };
+  const std::string one = text("--seed 1 --threads 1");
+  EXPECT_EQ(one.size() % 4, 0u);
+  EXPECT_EQ(text("--seed 1 --threads 1"), one);
+  EXPECT_EQ(text("--seed 1 --threads 2"), one);
+  EXPECT_EQ(text("--seed 1 --temperature 1 --threads 1"), one);
+  EXPECT_NE(text("--seed 2 --threads 1"), one);
+  EXPECT_NE(text("--seed 1 --temperature 0 --threads 1"), one);
+}
+
+// Pieces " 000", " 001", ...: the first loses its space, and one is written a position. Byte pieces are bytes.
+TEST_F(LlamaFiles, SpellOnePieceAPosition) {
+  const std::string model = store("spelt.bin", checkpoint_bytes());
+  std::string pieces = tokenizer_bytes();
+  for (int i = 0; i < 300; ++i) pieces[static_cast<std::size_t>(4 + 12 * i + 8)] = ' ';
+  const std::string tokenizer = store("spelt.tok", pieces);
+  const auto text = [&](const std::string& more) {
+    return run_program("--model " + model + " --tokenizer " + tokenizer + " --temperature 0 " + more).out;
+  };
+  EXPECT_EQ(text("--steps 3"), "000 000 000");  // equal logits: the first token
+  EXPECT_EQ(text("--steps 99"), text("--steps 16"));
+  EXPECT_EQ(text("--steps 0"), "");
+}
 
 TEST_F(LlamaFiles, OfEitherClassifierRun) {
   auto own_classifier = good;

@@ -12,6 +12,7 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/matchers.hpp"
 #include "support/test_data.hpp"
 
 namespace gqa::test {
@@ -39,11 +40,10 @@ TEST(RealActivations, AreWithinTenToTheMinusFiveOfTheStoredOutput) {
     std::vector<float> out(q.size());
     attention(view(q.data(), {1, s, h, d}), view(k.data(), {1, s, g, d}), view(v.data(), {1, s, g, d}),
               view(out.data(), {1, s, h, d}), {.causal = true});
-    double worst = 0;
+    comparison compared;
     for (std::size_t i = 0; i < out.size(); ++i)
-      worst = std::max(worst, std::abs(static_cast<double>(out[i]) - expected[i]));
-    EXPECT_LE(worst, 1e-5) << "layer " << layer;
-    RecordProperty("worst_" + std::to_string(layer), std::to_string(worst));
+      compared.add(static_cast<double>(out[i]), expected[i], 1e-5, "element " + std::to_string(i));
+    EXPECT_TRUE(compared.result()) << "layer " << layer;
   }
 }
 

@@ -193,6 +193,28 @@ TEST(Merge, RefusesOtherShapesAndLeavesSelfUntouched) {
     EXPECT_EQ(a.out, before);
   }
 }
+
+TEST(Merge, RefusesSharedMemory) {
+  owned_state<> a({1, 2, 3, 8}), b({1, 2, 3, 8});
+  context ctx;
+  const auto expect_refused = [&](const partial_state<float>& self, const partial_state<const float>& other) {
+    try {
+      merge(self, other, ctx);
+      ADD_FAILURE() << "not refused";
+    } catch (const error& e) {
+      EXPECT_EQ(e.code(), errc::stride);
+    }
+  };
+  auto shifted = partial_state<const float>(b.state());
+  shifted.out = {a.out.data() + 1, {1, 2, 3, 8}, {0, 0, 8, 1}};
+  expect_refused(a.state(), shifted);
+  auto crossed = partial_state<const float>(b.state());
+  crossed.lse = {a.out.data(), {1, 2, 3}};
+  expect_refused(a.state(), crossed);
+  auto knotted = a.state();
+  knotted.lse = {a.out.data(), {1, 2, 3}};
+  expect_refused(knotted, b.state());
+}
 #endif
 
 TEST(PartialState, OverSixteenBitInputsMayBeFloat) {

@@ -75,21 +75,23 @@ tensor_view<T, 4> part_of(const tensor_view<T, 4>& x, index_t s, index_t rows, i
   return {&x(0, s, h, 0), {x.extent(0), rows, heads, x.extent(3)}, {x.stride(0), x.stride(1), x.stride(2), 1}};
 }
 
-// The naive reference, divided among the context's workers: a prefill by rows, a decode step by KV heads. The last
+// The naive reference, divided among the context's workers: a prefill by rows, a decode step by query heads. The last
 // query meets the last key.
 template <class Q, class K, class Out>
 void naive_attention(const tensor_view<const Q, 4>& q, const tensor_view<const K, 4>& k,
                      const tensor_view<const K, 4>& v, const tensor_view<Out, 4>& out, attention_options options,
                      context& ctx) {
   const index_t q_len = q.extent(1), kv_len = k.extent(1), kv_heads = k.extent(2), group = q.extent(2) / kv_heads;
-  const index_t rows = q_len == 1 ? 1 : 16, groups = q_len == 1 ? 1 : kv_heads;
-  const index_t row_tasks = (q_len + rows - 1) / rows, head_tasks = kv_heads / groups;
+  const bool decode = q_len == 1;
+  const index_t rows = decode ? 1 : 16, heads = decode ? 1 : q.extent(2), groups = decode ? 1 : kv_heads;
+  const index_t row_tasks = (q_len + rows - 1) / rows, head_tasks = q.extent(2) / heads;
   ctx.for_each(row_tasks * head_tasks, [&](index_t task, index_t) {
-    const index_t s = task / head_tasks * rows, count = std::min(rows, q_len - s), g = task % head_tasks;
+    const index_t s = task / head_tasks * rows, count = std::min(rows, q_len - s);
+    const index_t h = task % head_tasks * heads, g = h / group;
     attention_options own = options;
     own.query_offset = kv_len - q_len + s;
-    reference::attention(part_of(q, s, count, g * group, groups * group), part_of(k, 0, kv_len, g, groups),
-                         part_of(v, 0, kv_len, g, groups), part_of(out, s, count, g * group, groups * group), own);
+    reference::attention(part_of(q, s, count, h, heads), part_of(k, 0, kv_len, g, groups),
+                         part_of(v, 0, kv_len, g, groups), part_of(out, s, count, h, heads), own);
   });
 }
 

@@ -38,7 +38,7 @@ template <class A>
 // Operations (two a multiply-add) per second on all workers together.
 template <class A>
 double multiply_add_rate(context& ctx) {
-  constexpr index_t steps = 1 << 16;
+  constexpr index_t steps = 1 << 18;  // about a millisecond: waking threads takes microseconds
   constexpr index_t sums = detail::block_rows * detail::block_vectors;
   const index_t workers = ctx.concurrency();
   std::vector<A> results(static_cast<std::size_t>(workers));

@@ -26,7 +26,7 @@ class file_error : public std::runtime_error {
 // The whole of a file.
 inline std::vector<char> read_file(const std::string& path) {
   std::error_code problem;
-  if (!std::filesystem::is_regular_file(path, problem)) throw file_error(path, "no such file");
+  if (!std::filesystem::is_regular_file(path, problem)) throw file_error(path, "there is no such file");
   std::ifstream file(path, std::ios::binary);
   std::vector<char> bytes(std::filesystem::file_size(path, problem));
   if (!file || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
@@ -112,7 +112,7 @@ class checkpoint {
     if (file.size() < header_bytes) throw file_error(path, "too short for the header of a llama2.c checkpoint");
     std::memcpy(header.data(), file.data(), header_bytes);
     // Beyond any model there is, and small enough that no product of sizes overflows.
-    constexpr std::int32_t most = 1 << 20;
+    constexpr std::int32_t most = 1 << 19;
     static constexpr std::array names = {"dim",      "hidden_dim", "layers",       "q_heads",
                                          "kv_heads", "vocab_size", "max_positions"};
     const bool shared_classifier = header[5] > 0;

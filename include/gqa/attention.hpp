@@ -13,9 +13,10 @@
 ///
 /// Cost: 2 (D + E) operations a visible pair; K and V are read once per group of heads and 96 query rows, never
 /// repeated. Scratch, in the context: a few hundred KB a thread and, in prefill, packed keys and values, 64 MiB at most
-/// unless one KV head needs more.
+/// unless one KV head needs more; in decode over several threads, the states of unmerged splits, 64 MiB at most.
 ///
-/// Read on: detail/schedule.hpp (tasks) -> detail/tile_engine.hpp (one task) -> detail/tile_kernel.hpp (one block) ->
+/// Read on: detail/schedule.hpp (tasks) -> detail/tile_engine.hpp (one task) -> detail/tile_kernel.hpp (one block; or
+/// detail/row_kernel.hpp, few rows in place) ->
 /// detail/online_softmax.hpp (one row) -> back in the tile engine's finish().
 #pragma once
 
@@ -36,9 +37,6 @@
 
 namespace gqa {
 namespace detail {
-
-template <class T>
-concept attention_element = std::is_same_v<T, float> || std::is_same_v<T, double> || sixteen_bit_float<T>;
 
 template <class T>
 concept output_tensor = tensor_like<T> && !std::is_const_v<element_of<T>>;
@@ -66,11 +64,13 @@ concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float
 /// The dtype rules of the door, one message each.
 template <class Q, class Source, class Out>
 constexpr void require_dtypes() noexcept {
-  using stored = typename Source::query_element;
+  using stored = typename Source::element;
   static_assert(query_element_for<Q, stored>, "gqa: q must have the element type of k, or be float over 16-bit keys");
   static_assert(std::is_same_v<Out, float> || std::is_same_v<Out, double> || std::is_same_v<Out, Q>,
                 "gqa: out must be float, double or have the element type of q");
 }
+
+inline namespace GQA_ISA {
 
 /// All checks of a call.
 template <class Q, class Source, class Out>
@@ -97,7 +97,16 @@ template <class Q, class Source, class Out>
     if (options.mask) {
       if (const auto f = find_overlap_fault(written, describe("options.mask", *options.mask))) return f;
     }
-    if (options.bias) return find_overlap_fault(written, describe("options.bias", *options.bias));
+    if (options.bias) {
+      if (const auto f = find_overlap_fault(written, describe("options.bias", *options.bias))) return f;
+    }
+    for (const operand& o :
+         {describe("options.query_offsets", options.query_offsets),
+          describe("options.alibi_slopes", options.alibi_slopes), describe("options.sinks", options.sinks),
+          describe("options.kv_lengths", options.kv_lengths),
+          describe("options.group_offsets", options.group_offsets)}) {
+      if (const auto f = find_overlap_fault(written, o)) return f;
+    }
     return {};
   };
   if constexpr (output_state<Out>) {
@@ -108,8 +117,6 @@ template <class Q, class Source, class Out>
   }
   return find_overlap(out);
 }
-
-inline namespace GQA_ISA {
 
 /// The one way in: checks, erases the element types of q and out, runs.
 template <class Q, class Source, class Out, class Variant>

@@ -10,8 +10,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef __FAST_MATH__
-#error "gqa needs IEEE arithmetic (true infinities, NaN, no reassociation): build without -ffast-math"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error \
+    "gqa needs IEEE arithmetic (true infinities, NaN, no reassociation): build without -ffast-math and -ffinite-math-only"
 #endif
 
 #if !defined(GQA_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
@@ -23,10 +24,12 @@
 // linker would keep one at random. Types shared across such units (views, options, context) stay outside.
 #if defined(EIGEN_DONT_VECTORIZE)
 #define GQA_ISA isa_scalar
-#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#elif defined(__AVX512F__) && defined(__AVX512BF16__)
 #define GQA_ISA isa_avx512_bf16
 #elif defined(__AVX512F__) && defined(__AVX512DQ__)
 #define GQA_ISA isa_avx512
+#elif defined(__AVX512F__)
+#define GQA_ISA isa_avx512f
 #elif defined(__AVX2__) && defined(__FMA__)
 #define GQA_ISA isa_avx2_fma
 #elif defined(__AVX__) && defined(__FMA__)
@@ -62,7 +65,7 @@
 
 namespace gqa {
 
-/// Extents, strides, positions and counts: signed and 64-bit everywhere, so that no product of extents overflows.
+/// Extents, strides, positions and counts: signed and 64-bit everywhere.
 using index_t = std::int64_t;
 
 /// The type that scores, sums and log-sum-exps are computed in: double for double, float for everything narrower.

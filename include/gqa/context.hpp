@@ -110,7 +110,7 @@ class context {
 
   template <class E>
   void bind(E& e) noexcept {
-    executor_ = std::addressof(e);
+    executor_ = const_cast<void*>(static_cast<const void*>(std::addressof(e)));  // cast back to E, const or not
     concurrency_ = [](void* self) { return static_cast<index_t>(static_cast<E*>(self)->concurrency()); };
     run_ = [](void* self, index_t tasks, const detail::task_ref& task) { static_cast<E*>(self)->run(tasks, task); };
   }

@@ -47,10 +47,11 @@ requires(is_owning_tensor<Tensor> || is_tensor_map<Tensor>) struct view_of<Tenso
       const std::size_t from_slowest = int{Tensor::Layout} == int{Eigen::RowMajor} ? axis : rank - 1 - axis;
       memory[4 - rank + from_slowest] = static_cast<index_t>(extents[axis]);
     }
-    const index_t dim = memory[3], inner = memory[2] * dim, outer = memory[1] * inner;
     using element = std::remove_pointer_t<decltype(tensor.data())>;
-    if (order == layout::bshd) return tensor_view<element, 4>(tensor.data(), memory, {outer, inner, dim, 1});
-    return tensor_view<element, 4>(tensor.data(), {memory[0], memory[2], memory[1], memory[3]}, {outer, dim, inner, 1});
+    const tensor_view<element, 4> dense(tensor.data(), memory);
+    if (order == layout::bshd) return dense;
+    return tensor_view<element, 4>(tensor.data(), {memory[0], memory[2], memory[1], memory[3]},
+                                   {dense.stride(0), dense.stride(2), dense.stride(1), dense.stride(3)});
   }
 };
 

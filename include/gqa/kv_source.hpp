@@ -24,18 +24,22 @@ namespace gqa {
 
 /// Keys and values of a batch, readable tile by tile.
 ///   accumulator       float or double: what tiles hold and scores are computed in
-///   query_element     the stored element type; queries have it too, or are float where it is narrower
+///   element           the stored element type; queries have it too, or are float where it is narrower
 ///   kv_len()          extent T of masks and biases, at least every length
 ///   length(b)         valid keys of sequence b
 ///   scratch_elements()  accumulators that tile() may need as scratch, 0 if tiles are read in place
-///   tile(b, g, i, tokens, scratch)  tokens [64 i, 64 i + 64) of KV head g, of which the first `tokens` will be looked
-///   at
-///                     (the rest may be anything, but a panel with NaN or infinite values says so)
+///   tile(b, g, i, tokens, scratch)
+///                     tokens [64 i, 64 i + 64) of KV head g, of which the first `tokens` will be looked at (the rest
+///                     may be anything, but a panel with NaN or infinite values says so)
 ///   find_fault()      what is wrong with the source itself; checked at the door
+/// and, where it has them:
+///   keys(), values()  views of its memory, which no output may overlap
+///   rows(b, g, t)     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp)
+///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
 template <class S>
 concept kv_source = !tensor_like<S> &&
                     requires(const std::remove_cvref_t<S>& kv, typename std::remove_cvref_t<S>::accumulator* scratch) {
-  typename std::remove_cvref_t<S>::query_element;
+  typename std::remove_cvref_t<S>::element;
   { kv.batch() } -> std::same_as<index_t>;
   { kv.kv_heads() } -> std::same_as<index_t>;
   { kv.kv_len() } -> std::same_as<index_t>;
@@ -60,9 +64,10 @@ class dense_kv {
 
  public:
   using accumulator = std::common_type_t<accumulator_t<K>, accumulator_t<V>>;
-  using query_element = K;
+  using element = K;
 
-  dense_kv(tensor_view<const K, 4> k, tensor_view<const V, 4> v) noexcept : k_(k), v_(v) {}
+  dense_kv(tensor_view<const K, 4> k, tensor_view<const V, 4> v) noexcept
+      : k_(detail::without_idle_strides(k)), v_(detail::without_idle_strides(v)) {}
 
   [[nodiscard]] index_t batch() const noexcept { return k_.extent(0); }
   [[nodiscard]] index_t kv_len() const noexcept { return k_.extent(1); }

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <gqa/attention.hpp>
@@ -19,6 +21,7 @@
 #include <gqa/variants.hpp>
 
 namespace gqa::reference {
+inline namespace GQA_ISA {
 
 namespace impl {
 
@@ -50,8 +53,14 @@ bool sees(const attention_options& o, const Variant& variant, const position& p,
     const index_t b = o.mask->extent(0) == 1 ? 0 : p.batch, h = o.mask->extent(1) == 1 ? 0 : p.q_head;
     if (!(*o.mask)(b, h, s, p.key)) return false;
   }
-  if constexpr (requires { variant.visible(p); }) return variant.visible(p);
-  return true;
+  if constexpr (detail::hides_positions<Variant>) {
+    return variant.visible(p);
+  } else if constexpr (detail::hides_blocks<Variant>) {  // a block of one pair
+    return variant.visible(key_block{p.batch, p.q_head, p.q_head + 1, p.query, p.query + 1, p.key, p.key + 1}) !=
+           visibility::none;
+  } else {
+    return true;
+  }
 }
 
 /// variant(softcap(scale * q.k) + bias + alibi); the variant is asked in the accumulator type A of the inputs.
@@ -72,19 +81,21 @@ double score(const attention_options& o, const Variant& variant, double product,
 
 }  // namespace impl
 
-/// The same attention as gqa::attention(), in double throughout.
+/// The same attention as gqa::attention(), in double.
 /// \param q, k, v       [B, S, H, D], [B, T, G, D], [B, T, G, E]; any element types of the door
-/// \param out_or_state  [B, S, H, E] or a partial_state; rounded once on writing
-/// \param variant       score(double, position) and visible(position) are used; a block-level visible() is not needed
+/// \param out_or_state  [B, S, H, E] or a partial_state; rounded on writing
+/// \param variant       asked pair by pair, its score() with s rounded to the accumulator type it is written for
 /// Cost: O(B S H T (D + E)), every key visited for every query head.
 template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out, class Variant>
-void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention_options& options,
-               const Variant& variant) {
+requires(attention_variant<Variant> || std::same_as<Variant, detail::no_variant>) void attention(
+    Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention_options& options, const Variant& variant) {
   const auto q = detail::as_view(q_in);
   const auto k = detail::as_view(k_in);
   const auto v = detail::as_view(v_in);
   const auto out = detail::output_view(out_or_state);
   using Element = typename decltype(out)::value_type;
+  using A = std::common_type_t<accumulator_t<typename decltype(k)::value_type>,
+                               accumulator_t<typename decltype(v)::value_type>>;
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const auto queries = tensor_view<const typename decltype(q)::value_type, 4>(q);
   if constexpr (detail::output_state<Out>) {
@@ -94,6 +105,7 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
   }
 
   const index_t q_len = q.extent(1), q_heads = q.extent(2), head_dim = q.extent(3), value_dim = v.extent(3);
+  const bool may_hide = options.bias || detail::scores<Variant, A>;  // by a score of -inf
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
   for (index_t b = 0; b < q.extent(0); ++b) {
     const auto at_b = static_cast<std::size_t>(b);
@@ -107,17 +119,18 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
         const double sink =
             options.sinks.empty() ? -infinity : static_cast<double>(options.sinks[static_cast<std::size_t>(h)]);
 
-        std::vector<double> scores(static_cast<std::size_t>(keys), -infinity);  // -inf: hidden
+        std::vector<double> scores(static_cast<std::size_t>(keys));
+        std::vector<bool> seen(static_cast<std::size_t>(keys));
         double top = sink;
         bool has_nan = false;
         for (index_t t = 0; t < keys; ++t) {
           const position p{b, h, offset + s, t};
-          if (!impl::sees(options, variant, p, s)) continue;
+          seen[static_cast<std::size_t>(t)] = impl::sees(options, variant, p, s);
+          if (!seen[static_cast<std::size_t>(t)]) continue;
           double product = 0;
           for (index_t d = 0; d < head_dim; ++d)
             product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
-          const double x =
-              impl::score<accumulator_t<typename decltype(k)::value_type>>(options, variant, product, scale, p, s);
+          const double x = impl::score<A>(options, variant, product, scale, p, s);
           scores[static_cast<std::size_t>(t)] = x;
           top = std::max(top, x);
           has_nan = has_nan || std::isnan(x);
@@ -129,7 +142,7 @@ void attention(Q&& q_in, K&& k_in, V&& v_in, Out&& out_or_state, const attention
         std::vector<impl::careful_sum> row(static_cast<std::size_t>(value_dim));
         for (index_t t = 0; t < keys; ++t) {
           const double x = scores[static_cast<std::size_t>(t)];
-          if (x == -infinity) continue;
+          if (!seen[static_cast<std::size_t>(t)] || (may_hide && x == -infinity)) continue;
           const double weight = std::exp(x - top);
           sum.add(weight);
           for (index_t e = 0; e < value_dim; ++e)
@@ -151,4 +164,5 @@ void attention(Q&& q, K&& k, V&& v, Out&& out_or_state, const attention_options&
   attention(q, k, v, out_or_state, options, detail::no_variant{});
 }
 
+}  // namespace GQA_ISA
 }  // namespace gqa::reference

@@ -48,6 +48,8 @@ inline constexpr bool is_partial_state = false;
 template <class T>
 inline constexpr bool is_partial_state<partial_state<T>> = true;
 
+inline namespace GQA_ISA {
+
 /// A state fits a merge's result: same extents, sound layout.
 template <class T>
 [[nodiscard]] fault find_state_fault(const char* name, const partial_state<const T>& state,
@@ -59,11 +61,6 @@ template <class T>
   }
   return find_lse_fault(name, state.lse, state.out);
 }
-
-}  // namespace detail
-
-namespace detail {
-inline namespace GQA_ISA {
 
 /// One row (b, s, h) of merge_many. sums [E]: scratch.
 template <class T, class A = accumulator_t<T>>
@@ -102,8 +99,9 @@ void merge_state_row(std::span<const partial_state<const T>> states, const parti
     const T* const more = &states[i].out(b, s, h, 0);
     for (index_t e = 0; e < dim; ++e) sums[e] = scalar_madd(weight, static_cast<A>(more[e]), sums[e]);
   }
-  for (index_t e = 0; e < dim; ++e) out[e] = static_cast<T>(sums[e] / total);
-  result.lse(b, s, h) = shift + std::log(total);
+  for (index_t e = 0; e < dim; ++e)
+    out[e] = static_cast<T>(canonical(sums[e] / total + A{0}));  // + 0: no negative zero
+  result.lse(b, s, h) = canonical(shift + std::log(total));
 }
 
 }  // namespace GQA_ISA
@@ -114,17 +112,28 @@ inline namespace GQA_ISA {
 /// result <- the merge of all states, as if their keys had been attended to at once. No states: the empty state.
 /// \param states  [B, S, H, E] each, over pairwise disjoint keys (not checked).
 /// \param result  [B, S, H, E]; may be one of the states, and may share no memory with the others.
-/// \throws error (errc::shape, errc::stride) if a shape differs or a last axis is not contiguous; nothing is written.
+/// \throws error (errc::shape, errc::stride) if a shape differs, a last axis is not contiguous or memory is shared;
+///         nothing is written.
 /// Cost: reads every state once, writes the result once, in accumulator precision.
 template <class T>
 void merge_many(std::type_identity_t<std::span<const partial_state<const T>>> states, partial_state<T> result,
                 context& ctx) {
   using A = accumulator_t<T>;
   const auto find_fault = [&]() -> detail::fault {
-    if (const auto f = detail::find_output_fault(detail::describe("result.out", result.out))) return f;
+    const detail::operand out = detail::describe("result.out", result.out);
+    if (const auto f = detail::find_output_fault(out)) return f;
     if (const auto f = detail::find_lse_fault("result", result.lse, result.out)) return f;
+    const detail::operand lse = detail::describe_lse("result.lse", result.lse);
+    if (const auto f = detail::find_overlap_fault(out, lse)) return f;
     for (const auto& state : states) {
       if (const auto f = detail::find_state_fault<T>("state.out", state, result.out)) return f;
+      for (const auto& part :
+           {detail::describe("state.out", state.out), detail::describe_lse("state.lse", state.lse)}) {
+        for (const auto& written : {out, lse}) {
+          if (detail::is_same_memory(part, written)) continue;  // merged in place
+          if (const auto f = detail::find_overlap_fault(written, part)) return f;
+        }
+      }
     }
     return {};
   };
@@ -143,7 +152,7 @@ void merge_many(std::type_identity_t<std::span<const partial_state<const T>>> st
 
 /// self <- self (+) other.
 /// \param other  [B, S, H, E] over keys disjoint from self's (not checked); it may share no memory with self.
-/// \throws error (errc::shape, errc::stride) if the shapes differ; self is untouched then.
+/// \throws error (errc::shape, errc::stride) if the shapes differ or memory is shared; self is untouched then.
 template <class T>
 void merge(partial_state<T> self, std::type_identity_t<partial_state<const T>> other, context& ctx) {
   const std::array<partial_state<const T>, 2> both{partial_state<const T>(self), other};

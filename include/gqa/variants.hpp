@@ -5,11 +5,11 @@
 /// A variant is a small struct with one or more of
 ///     float score(float s, const position& p) const;         // replaces the score (double over double inputs)
 ///     bool visible(const position& p) const;                 // false hides the key
-///     visibility visible(const key_block& block) const;      // none / some / all of a block, so that tiles are
-///     skipped
-/// They are asked only about keys that the options leave visible, from several threads at once, and in no promised
-/// order; `none` and `all` must agree with what visible(position) would say. What is absent costs nothing.
-/// (The idea: FlashInfer's attention variants, Ye et al. 2025.)
+///     visibility visible(const key_block& block) const;      // of a whole block, so that tiles are skipped
+/// score() and visible(position) are asked only about keys that the options leave visible; visible(block) about whole
+/// rectangles of queries and keys, of which the options may hide a part. All are asked from several threads at once and
+/// in no promised order; `none` and `all` must agree with what visible(position) would say. What is absent costs
+/// nothing. (The idea: FlashInfer's attention variants, Ye et al. 2025.)
 #pragma once
 
 #include <concepts>
@@ -18,7 +18,8 @@
 
 namespace gqa {
 
-/// One query-key pair. Positions are absolute: `query` counts from the sequence's query offset, `key` from 0.
+/// One query-key pair. Positions are absolute: `query` is the query offset plus the index in the call, `key` counts
+/// from 0.
 struct position {
   index_t batch = 0;
   index_t q_head = 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -36,9 +37,10 @@ auto run(const operands<Q, K>& in, context& ctx) {
   using element = std::conditional_t<std::is_void_v<Out>, Q, Out>;
   const auto& n = in.of.shape;
   const auto size = [](index_t count) { return static_cast<std::size_t>(std::max<index_t>(count, 1)); };
+  // Poisoned: what a call does not write shows.
   attended<element> result;
-  result.out.resize(size(n.b * n.s * n.h * n.e));
-  result.lse.resize(size(n.b * n.s * n.h));
+  result.out.assign(size(n.b * n.s * n.h * n.e), static_cast<element>(std::numeric_limits<float>::quiet_NaN()));
+  result.lse.assign(size(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
   const partial_state<element> state{tensor_view<element, 4>(result.out.data(), {n.b, n.s, n.h, n.e}),
                                      tensor_view<accumulator_t<element>, 3>(result.lse.data(), {n.b, n.s, n.h})};
   attention(in.q.view(), in.k.view(), in.v.view(), state, in.options, ctx);
@@ -72,6 +74,7 @@ template <class Q, class K>
   if (!lses.result()) return lses.result() << " in " << in.of.name();
 
   tensor<Q> plain({n.b, n.s, n.h, n.e}, layout::bshd);
+  plain.data().assign(plain.data().size(), static_cast<Q>(std::numeric_limits<float>::quiet_NaN()));
   attention(in.q.view(), in.k.view(), in.v.view(), plain.view(), in.options, ctx);
   if (std::memcmp(plain.data().data(), actual.out.data(), plain.data().size() * sizeof(Q)) != 0)
     return ::testing::AssertionFailure() << "state and plain output differ in " << in.of.name();

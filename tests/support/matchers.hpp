@@ -2,9 +2,8 @@
 // How near a result must be to the oracle's, by derivation, and what a failure prints.
 //
 // float. Let u = 2^-24, s the largest |score| and m the largest |value|.
-//   scores     a dot product of D terms errs by about sqrt(D) u sum|q k| a; folding the scale into q adds u, so a
-//   weight
-//              is off by a factor of about 1 + c u max(1, s): for the scores of random data c < 10.
+//   scores     a dot product of D terms errs by about sqrt(D) u sum|q k|; folding the scale into q adds u, so that a
+//              weight is off by a factor of about 1 + c u max(1, s): for the scores of random data c < 10.
 //   weights    exp2 errs by 1 ulp = 2 u.
 //   sums       64 terms in a chain, then 16 tiles, then the splits: at most (64 + 16 + T / 1024) u each, of both the
 //              numerator and the denominator; rounding errors of either sign leave a fraction of it.

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <span>
@@ -19,9 +20,17 @@
 #include <gqa/tensor_view.hpp>
 
 namespace gqa::detail {
+inline namespace GQA_ISA {
 
 /// Positions and offsets stay within this, so that their sums and differences do not overflow.
 inline constexpr index_t position_limit = index_t{1} << 60;
+
+/// The same view with stride 0 along axes of one index: such a stride may be anything, and means nothing.
+template <class T>
+[[nodiscard]] tensor_view<T, 4> without_idle_strides(const tensor_view<T, 4>& v) noexcept {
+  const auto stride = [&v](int axis) { return v.extent(axis) <= 1 ? 0 : v.stride(axis); };
+  return {v.data(), {v.extent(0), v.extent(1), v.extent(2), v.extent(3)}, {stride(0), stride(1), stride(2), stride(3)}};
+}
 
 /// A rank-4 operand as the checks see it.
 struct operand {
@@ -44,9 +53,16 @@ template <class T>
   operand o{name, v.data(), {}, {}, static_cast<index_t>(sizeof(T))};
   for (int axis = 0; axis < 4; ++axis) {
     o.extents[static_cast<std::size_t>(axis)] = v.extent(axis);
-    o.strides[static_cast<std::size_t>(axis)] = v.stride(axis);
+    o.strides[static_cast<std::size_t>(axis)] = v.extent(axis) <= 1 ? 0 : v.stride(axis);
   }
   return o;
+}
+
+/// A span, as a row.
+template <class T>
+[[nodiscard]] operand describe(const char* name, std::span<const T> x) noexcept {
+  const auto size = static_cast<index_t>(x.size());
+  return {name, x.data(), {1, 1, 1, size}, {0, 0, 0, 1}, static_cast<index_t>(sizeof(T))};
 }
 
 [[nodiscard]] inline long long printable(index_t n) noexcept {
@@ -269,8 +285,8 @@ template <class T>
 [[nodiscard]] inline fault find_options_fault(const attention_options& o, const call_shape& shape) noexcept {
   if (o.scale && !std::isfinite(*o.scale))
     return make_fault(errc::option, "options.scale: expected a finite number, got %g", *o.scale);
-  if (!std::isfinite(o.softcap) || o.softcap < 0)
-    return make_fault(errc::option, "options.softcap: expected 0 or a positive number, got %g", o.softcap);
+  if (o.softcap != 0 && !(o.softcap >= 1e-30 && o.softcap <= 1e30))  // within float, as is its inverse
+    return make_fault(errc::option, "options.softcap: expected 0 or a number within [1e-30, 1e30], got %g", o.softcap);
   if (o.window.left < -1 || o.window.right < -1)
     return make_fault(errc::option, "options.window: expected distances >= 0, or -1, got {%lld, %lld}",
                       printable(o.window.left), printable(o.window.right));
@@ -285,6 +301,16 @@ template <class T>
   }
   if (const auto f = find_count_fault("options.alibi_slopes", o.alibi_slopes, shape.q_heads)) return f;
   if (const auto f = find_count_fault("options.sinks", o.sinks, shape.q_heads)) return f;
+  for (std::size_t h = 0; h < o.alibi_slopes.size(); ++h) {
+    if (!std::isfinite(o.alibi_slopes[h]))
+      return make_fault(errc::option, "options.alibi_slopes[%zu]: expected a finite number, got %g", h,
+                        static_cast<double>(o.alibi_slopes[h]));
+  }
+  for (std::size_t h = 0; h < o.sinks.size(); ++h) {
+    if (!(o.sinks[h] < std::numeric_limits<float>::infinity()))
+      return make_fault(errc::option, "options.sinks[%zu]: expected a finite number or -inf, got %g", h,
+                        static_cast<double>(o.sinks[h]));
+  }
   if (const auto f = find_count_fault("options.kv_lengths", o.kv_lengths, shape.batch)) return f;
   for (std::size_t b = 0; b < o.kv_lengths.size(); ++b) {
     if (o.kv_lengths[b] < 0 || o.kv_lengths[b] > shape.kv_len)
@@ -296,9 +322,15 @@ template <class T>
   return find_mask_fault("options.bias", o.bias, shape);
 }
 
+/// Two names for one tensor.
+[[nodiscard]] inline bool is_same_memory(const operand& a, const operand& b) noexcept {
+  return a.data == b.data && a.extents == b.extents && a.strides == b.strides && a.element_size == b.element_size;
+}
+
 [[nodiscard]] inline fault find_overlap_fault(const operand& out, const operand& input) noexcept {
   if (are_disjoint(out, input)) return {};
   return make_fault(errc::stride, "%s: expected memory apart from %s, got an overlap", out.name, input.name);
 }
 
+}  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -5,7 +5,7 @@
 /// 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2; 2^f by a polynomial with constant term 1. Exactly: exp2(0) = 1,
 /// exp2(-inf) = +0, NaN stays NaN. Results below the smallest normal number may lose bits or be +0. Relative error of
 /// the polynomial: 5.1e-9 (float, degree 6), 8.4e-18 (double, degree 11), so that rounding dominates: at most 1 ulp in
-/// all, which the test measures over every float in the range.
+/// all, which the test measures over every 61st float in the range.
 #pragma once
 
 #include <iterator>

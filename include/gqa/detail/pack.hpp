@@ -4,7 +4,8 @@
 ///
 /// Reads each element once, widens it, and writes it once: 64 (D + E) elements a tile. Keys are transposed 16 tokens at
 /// a time in registers, values are copied. In prefill every tile is packed once and then read by all rows of its KV
-/// head; in decode a worker packs one tile at a time into its own scratch, which stays in cache.
+/// head; with few rows a worker packs one tile at a time into its own scratch, which stays in cache (whole tiles of
+/// very few rows are not packed at all: row_kernel.hpp).
 #pragma once
 
 #include <algorithm>

@@ -48,12 +48,10 @@ class pool_executor {
       s.queued += missing;
       s.references += missing;
     }
+    finisher finish{s, missing};
     // The closure is one pointer: std::function keeps it in place, so scheduling does not allocate.
-    for (index_t i = 0; i < missing; ++i) pool_.Schedule([shared = state_] { help(shared); });
+    for (; finish.unscheduled > 0; --finish.unscheduled) pool_.Schedule([shared = state_] { help(shared); });
     s.drain(task, 0);
-    std::unique_lock lock(s.mutex);
-    s.job = nullptr;
-    s.idle.wait(lock, [&s] { return s.active == 0; });
   }
 
  private:
@@ -70,6 +68,20 @@ class pool_executor {
 
     void drain(const task_ref& task, index_t worker) {
       for (index_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(i, worker);
+    }
+  };
+
+  /// Ends a job, also when the pool or a task has thrown: nobody may see it any more.
+  struct finisher {
+    state& s;
+    index_t unscheduled;  // helpers counted and not handed to the pool
+
+    ~finisher() {
+      std::unique_lock lock(s.mutex);
+      s.job = nullptr;
+      s.queued -= unscheduled;
+      s.references -= unscheduled;
+      s.idle.wait(lock, [this] { return s.active == 0; });
     }
   };
 

@@ -20,12 +20,6 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// NaN as stored: one bit pattern whatever its origin, so that equal results are equal bytes.
-template <class A>
-[[nodiscard]] inline A canonical(A x) noexcept {
-  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
-}
-
 /// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once.
 template <class A>
 struct query_rows {

@@ -29,16 +29,16 @@ namespace gqa::detail {
 inline namespace GQA_ISA {
 
 /// Bytes of packed keys and values alive at a time; at least one pair.
-inline constexpr index_t packed_bytes = index_t{64} << 20;
+inline constexpr double packed_bytes = 64 << 20;
 
 /// Bytes of raw states of unmerged splits alive at a time; beyond it splits run one after the other.
-inline constexpr index_t split_state_bytes = index_t{64} << 20;
+inline constexpr double split_state_bytes = 64 << 20;
 
 /// Bundles pay as long as a handful of rows shares what is read, and their states stay in L2.
 inline constexpr index_t bundle_rows = 16;
 
 /// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.
-inline constexpr index_t serial_work = index_t{1} << 20;
+inline constexpr double serial_work = 1 << 20;
 
 template <class A, class Source, class Variant>
 class scheduler {
@@ -56,15 +56,19 @@ class scheduler {
       if (tiles.end > tiles.begin)
         most_splits_ = std::max(most_splits_, (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1);
     }
-    packs_ = row_tiles_ > 1 && most_tiles_ > 0;
-    const index_t pair_bytes = most_tiles_ * tile_elements() * static_cast<index_t>(sizeof(A));
-    wave_pairs_ = packs_ ? std::clamp<index_t>(packed_bytes / pair_bytes, 1, pairs_) : pairs_;
+    wave_pairs_ = pairs_;
+    packs_ =
+        row_tiles_ > 1 && most_tiles_ > 0 && slot_elements() > 0;  // sources that hold tiles are read where they are
+    if (packs_)
+      wave_pairs_ = static_cast<index_t>(std::clamp(packed_bytes / pair_bytes(), 1.0, static_cast<double>(pairs_)));
 
-    const index_t work = pairs_ * most_tiles_ * tile_elements() * std::min<index_t>(rows, row_tile_rows) * row_tiles_;
+    const double work = static_cast<double>(pairs_) * static_cast<double>(most_tiles_) *
+                        static_cast<double>(tile_products()) * static_cast<double>(rows);
     if (work < serial_work) workers_ = 1;
     const index_t items = wave_pairs_ * row_tiles_;
     const index_t enough = 4 * workers_;  // tasks to keep everyone busy to the end
-    const index_t state_bytes = items * most_splits_ * state_elements() * static_cast<index_t>(sizeof(A));
+    const double state_bytes = static_cast<double>(items) * static_cast<double>(most_splits_) *
+                               static_cast<double>(state_elements()) * sizeof(A);
     const bool may_split = workers_ > 1 && most_splits_ > 1 && state_bytes <= split_state_bytes;
     if (heads_lie_together(kv) && row_tiles_ == 1 && rows <= bundle_rows) {
       bundle_ = shape.kv_heads;
@@ -89,8 +93,15 @@ class scheduler {
   }
 
  private:
-  [[nodiscard]] index_t tile_elements() const noexcept {
-    return tile_tokens * (problem_.shape.head_dim + padded_value_dim(problem_.shape.value_dim));
+  /// Multiply-adds of a row with a tile.
+  [[nodiscard]] index_t tile_products() const noexcept {
+    return tile_tokens * (problem_.shape.head_dim + problem_.shape.value_dim);
+  }
+  /// Elements from one packed tile to the next; 0 if the source needs no room for them.
+  [[nodiscard]] index_t slot_elements() const noexcept { return round_up(kv_.scratch_elements(), panel_tokens); }
+  /// Estimates are in floating point: views of stride 0 may have any number of keys.
+  [[nodiscard]] double pair_bytes() const noexcept {
+    return static_cast<double>(most_tiles_) * static_cast<double>(slot_elements()) * sizeof(A);
   }
   [[nodiscard]] index_t state_elements() const noexcept {
     return round_up(tile_rows_ * (engine_.out_stride() + 2), panel_tokens);
@@ -102,16 +113,15 @@ class scheduler {
     workspace_bytes_ = carve_workspace(nullptr, measured);
     const index_t packed = packs_ ? wave_pairs_ * most_tiles_ : 0;
     const index_t states = splits_apart_ ? wave_pairs_ * row_tiles_ * most_splits_ : 0;
-    const index_t source_tile = packs_ ? 0 : round_up(kv_.scratch_elements(), panel_tokens);
-    source_tile_bytes_ = static_cast<std::size_t>(source_tile) * sizeof(A);
+    source_tile_bytes_ = packs_ ? 0 : static_cast<std::size_t>(slot_elements()) * sizeof(A);
     const std::size_t all_workspaces = (workspace_bytes_ * static_cast<std::size_t>(bundle_) + source_tile_bytes_) *
                                        static_cast<std::size_t>(workers_);
     const std::size_t all_members =
         static_cast<std::size_t>(round_up(workers_ * bundle_ * index_t{sizeof(member)}, 64));
-    const std::size_t all_tiles = static_cast<std::size_t>(packed * tile_elements()) * sizeof(A);
+    const std::size_t all_tiles = static_cast<std::size_t>(packed * slot_elements()) * sizeof(A);
+    const std::size_t all_slots = static_cast<std::size_t>(packed) * sizeof(kv_tile<A>);
     const std::size_t all_states = static_cast<std::size_t>(states * state_elements()) * sizeof(A);
-    std::byte* const memory = ctx_.detail_scratch(all_workspaces + all_members + all_tiles + all_states +
-                                                  static_cast<std::size_t>(packed) * 4);
+    std::byte* const memory = ctx_.detail_scratch(all_workspaces + all_members + all_tiles + all_states + all_slots);
     if (memory == nullptr) return false;
     std::byte* at = memory;
     const auto take = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
@@ -119,7 +129,7 @@ class scheduler {
     members_ = reinterpret_cast<member*>(take(all_members));
     packed_ = reinterpret_cast<A*>(take(all_tiles));
     states_ = reinterpret_cast<A*>(take(all_states));
-    nonfinite_ = reinterpret_cast<std::uint32_t*>(at);
+    tiles_ = reinterpret_cast<kv_tile<A>*>(at);
     return true;
   }
 
@@ -170,21 +180,17 @@ class scheduler {
       const index_t begin = tiles.begin + task % chunks * chunk, end = std::min(begin + chunk, tiles.end);
       for (index_t i = begin; i < end; ++i) {
         const index_t at = slot * most_tiles_ + i - tiles.begin;
-        const kv_tile<A> tile = kv_.tile(b, g, i, engine_.tokens_of(b, i), packed_ + at * tile_elements());
-        nonfinite_[at] = tile.nonfinite_values;
+        tiles_[at] = kv_.tile(b, g, i, engine_.tokens_of(b, i), packed_ + at * slot_elements());
       }
     });
   }
 
-  /// Calls f(tile_at), tile_at(b, g, i, scratch) being how key tile i of a pair of the wave is read.
+  /// How key tile i of a pair of the wave is read: the function tile_at(b, g, i, scratch).
   [[nodiscard]] auto tile_reader(index_t first_pair) const noexcept {
     return [this, first_pair](index_t b, index_t g, index_t i, A* scratch) noexcept {
       if (!packs_) return kv_.tile(b, g, i, engine_.tokens_of(b, i), scratch);
       const index_t slot = b * problem_.shape.kv_heads + g - first_pair;
-      const index_t at = slot * most_tiles_ + i - pair_tiles(b).begin;
-      const A* const k = packed_ + at * tile_elements();
-      return contiguous_tile(k, k + tile_tokens * problem_.shape.head_dim, problem_.shape.head_dim,
-                             problem_.shape.value_dim, nonfinite_[at]);
+      return tiles_[slot * most_tiles_ + i - pair_tiles(b).begin];
     };
   }
 
@@ -345,10 +351,10 @@ class scheduler {
   std::size_t workspace_bytes_ = 0;    // of one row tile
   std::size_t source_tile_bytes_ = 0;  // of a worker's tile for the source
   std::byte* workspaces_ = nullptr;
-  member* members_ = nullptr;           // [workers, bundle]
-  A* packed_ = nullptr;                 // [wave pairs, most tiles, tile elements]
-  A* states_ = nullptr;                 // [wave pairs * row tiles, most splits, state elements]
-  std::uint32_t* nonfinite_ = nullptr;  // [wave pairs, most tiles]
+  member* members_ = nullptr;    // [workers, bundle]
+  A* packed_ = nullptr;          // [wave pairs, most tiles, slot elements]
+  A* states_ = nullptr;          // [wave pairs * row tiles, most splits, state elements]
+  kv_tile<A>* tiles_ = nullptr;  // [wave pairs, most tiles]
 };
 
 }  // namespace GQA_ISA

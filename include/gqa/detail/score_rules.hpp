@@ -43,6 +43,8 @@ class score_rules {
         query_factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
 
   [[nodiscard]] bool is_plain() const noexcept { return plain_; }
+  /// Whether a score of -inf may be meant to hide its key.
+  [[nodiscard]] bool may_hide() const noexcept { return scores<Variant, A> || options_.bias; }
   [[nodiscard]] double query_factor() const noexcept { return query_factor_; }
 
   /// Columns [begin, end) of a row's 64 products with the keys from first_key on. Bits: the columns that are visible;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// The tile engine: a tile of query rows against a run of key tiles, by the one micro-kernel.
+/// The tile engine: a tile of query rows against a run of key tiles, by the one micro-kernel (or, for few rows of plain
+/// tensors, row_kernel.hpp).
 ///
 /// The rows of a (sequence, KV head) are its query positions times the heads of the group, position-major: row r is
 /// position r / group_size, head r % group_size. All of them read the same keys, so a tile of up to 96 rows mixes heads
@@ -89,7 +90,8 @@ class tile_engine {
         variant_(variant),
         rules_(p, variant),
         interval_(p.interval()),
-        reads_rows_(rules_.is_plain() && row_kernel_takes<A>(p.shape.head_dim, p.shape.value_dim)) {}
+        reads_rows_(has_rows && rules_.is_plain() && !p.options.mask && !hides_positions<Variant> &&
+                    !hides_blocks<Variant> && row_kernel_takes<A>(p.shape.head_dim, p.shape.value_dim)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -138,8 +140,9 @@ class tile_engine {
   template <class TileAt>
   void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace<A>& w, const raw_states<A>& states) const {
     const visibility seen = find_visible(t, i, w.visible);
-    // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN.
-    *w.in_place = has_rows && reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
+    // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN. What decides is the call's
+    // shape and options; the contents of a mask would let one head's mask choose another's kernel, and so its bits.
+    *w.in_place = reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
     if (seen != visibility::none && !*w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
   }
 
@@ -231,7 +234,7 @@ class tile_engine {
       std::fill_n(visible, t.rows, all_keys);
       return visibility::all;
     }
-    std::uint64_t any = 0, every = all_keys;
+    std::uint64_t any = 0;
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
       const key_range seen = interval_.keys_of(row.position, keys);
@@ -240,10 +243,8 @@ class tile_engine {
       if (block == visibility::some) bits = keep_visible(bits, row, first_key);
       visible[r] = bits;
       any |= bits;
-      every &= bits;
     }
-    if (any == 0) return visibility::none;
-    return every == all_keys ? visibility::all : visibility::some;
+    return any == 0 ? visibility::none : visibility::some;
   }
 
   [[nodiscard]] std::uint64_t keep_unmasked(std::uint64_t bits, const row_index& row,
@@ -320,7 +321,7 @@ class tile_engine {
         rules_.apply(s, op.panel_begin * panel_tokens, op.panel_end * panel_tokens, w.visible[r], index_of(t, r),
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
-      if (tile.nonfinite_values != 0) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
+      if (tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
       w.alpha[r] = softmax_step(s, states.max[r], w.lanes + r * packet_size<A>);
     }
   }
@@ -329,7 +330,7 @@ class tile_engine {
     for (index_t c = 0; c < tile_tokens; ++c) s[c] = (visible >> c & 1) != 0 ? s[c] : minus_infinity<A>;
   }
 
-  /// Scores of -inf (a bias may say so) hide their key too.
+  /// Scores that a bias or a variant makes -inf hide their key too.
   [[nodiscard]] static std::uint64_t drop_hidden_scores(const A* s, std::uint64_t visible) noexcept {
     for (index_t c = 0; c < tile_tokens; ++c) {
       if (s[c] == minus_infinity<A>) visible &= ~(std::uint64_t{1} << c);
@@ -342,7 +343,9 @@ class tile_engine {
                    const raw_states<A>& states) const noexcept {
     const block_operands<A> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
-    if (tile.nonfinite_values != 0) {
+    const bool all_see_all =
+        std::all_of(w.visible + row, w.visible + row_end, [](std::uint64_t bits) { return bits == all_keys; });
+    if (tile.nonfinite_values != 0 && !all_see_all) {
       // 0 times NaN is NaN: leave hidden values out one by one. Same sums in the same order, so the same bits.
       for (index_t r = row; r < row_end; ++r) apply_visible_only(r, tile, w, states);
       return;

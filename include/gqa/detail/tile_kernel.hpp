@@ -29,8 +29,8 @@ inline namespace GQA_ISA {
 inline constexpr int block_rows = 6;
 inline constexpr int block_vectors = packet_registers == 32 ? 4 : 2;
 
-/// sum[r][v] += A[r, :depth] B[:depth, v]; A is row-major with `a_stride`, packet v of step i lies at b[v] + i *
-/// b_step.
+/// sum[r][v] += A[r, :depth] B[:depth, v]. A is row-major with `a_stride`; packet v of step i lies at
+/// b[v] + i * b_step.
 template <class A, int Rows, int Vectors>
 GQA_INLINE void accumulate(packet<A> (&sum)[Rows][Vectors], const A* a, index_t a_stride, const A* const (&b)[Vectors],
                            index_t b_step, index_t depth) noexcept {

@@ -11,6 +11,7 @@
 #include <gqa/options.hpp>
 
 namespace gqa::detail {
+inline namespace GQA_ISA {
 
 /// Key positions [begin, end); empty if end <= begin.
 struct key_range {
@@ -46,4 +47,5 @@ class interval_rule {
   return below(end) & ~below(begin);
 }
 
+}  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -26,7 +26,7 @@ template <class A, class T>
     return load(from);
   } else {
     constexpr int width = packet_size<A>;
-#if defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX512)
     if constexpr (std::is_same_v<T, Eigen::half> && width == 16) {
       return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     } else if constexpr (std::is_same_v<T, Eigen::bfloat16> && width == 16) {
@@ -34,7 +34,7 @@ template <class A, class T>
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
     }
 #endif
-#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX2) && defined(__F16C__) && !defined(__AVX512F__)
     if constexpr (std::is_same_v<T, Eigen::half> && width == 8) {
       return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     } else if constexpr (std::is_same_v<T, Eigen::bfloat16> && width == 8) {

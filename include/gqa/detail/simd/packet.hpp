@@ -4,14 +4,14 @@
 ///
 /// Two rules keep results independent of how the compiler arranges the code around an operation:
 ///   * madd() is one rounding where the ISA has a fused multiply-add and two where it has not, never a mixture;
-///   * mul() is a product that the compiler may not fuse into a later addition. (GCC contracts a*b + c across
-///   intrinsics
-///     by default; an fma with -0 as its addend is the exact product rounded once, and has no addition left to fuse.)
+///   * mul() is a product that the compiler may not fuse into a later addition. (GCC contracts a*b + c by default, and
+///     across intrinsics; an fma with -0 as its addend is the product rounded once, with no addition left to fuse.)
 #pragma once
 
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include <Eigen/Core>
@@ -29,6 +29,13 @@
 #else
 #define GQA_BEGIN_PACKET_CODE
 #define GQA_END_PACKET_CODE
+#endif
+
+// Whether a multiply-add is one rounding, in packets as in scalars.
+#if defined(__FMA__) || defined(__aarch64__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
+#define GQA_FUSED 1
+#else
+#define GQA_FUSED 0
 #endif
 
 GQA_BEGIN_PACKET_CODE
@@ -103,7 +110,7 @@ template <class P>
 template <class P>
 [[nodiscard]] inline P madd(const P& a, const P& b, const P& c) noexcept {
   if constexpr (std::is_floating_point_v<P>) {
-#if defined(__FMA__) || defined(__aarch64__)
+#if GQA_FUSED
     return std::fma(a, b, c);
 #else
     return a * b + c;
@@ -116,14 +123,14 @@ template <class P>
 /// a * b, rounded once and for all.
 template <class A>
 [[nodiscard]] inline packet<A> mul(const packet<A>& a, const packet<A>& b) noexcept {
-#if defined(__FMA__) || defined(__aarch64__)
+#if GQA_FUSED
   return madd(a, b, broadcast(A{-0.0}));
 #else
   return Eigen::internal::pmul(a, b);
 #endif
 }
 
-/// The larger of each pair of lanes; `a` where `a` is NaN.
+/// The larger of each pair of lanes. NaN in `a` stays; NaN in `b` may or may not.
 template <class P>
 [[nodiscard]] inline P max_or_nan(const P& a, const P& b) noexcept {
   return Eigen::internal::pmax(a, b);
@@ -134,7 +141,7 @@ template <class A>
 [[nodiscard]] inline bool any_less(const packet<A>& a, const packet<A>& b) noexcept {
   if constexpr (packet_size<A> == 1) {
     return a < b;
-#if defined(__AVX512F__)  // Eigen's comparison would expand the mask to a packet and compare again
+#if defined(EIGEN_VECTORIZE_AVX512)  // Eigen's comparison would expand the mask to a packet and compare again
   } else if constexpr (packet_size<A> == 16) {
     return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
   } else if constexpr (sizeof(packet<A>) == 64) {
@@ -157,7 +164,7 @@ template <class A>
   return Eigen::internal::pfirst(x);
 }
 
-#if defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX512)
 /// 16 x 16 floats in 64 shuffles: 32-bit, then 64-bit pairs within 128-bit lanes, then the lanes themselves. (Eigen's
 /// goes through 256-bit halves, some 190 instructions.)
 inline void transpose_16x16(__m512 (&rows)[16]) noexcept {
@@ -194,13 +201,13 @@ inline void transpose_16x16(__m512 (&rows)[16]) noexcept {
 /// Transposes a square of packet_size<A> packets in registers.
 template <class A>
 inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
-#if defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX512)
   if constexpr (packet_size<A> == 16) {
     transpose_16x16(rows);
     return;
   }
 #endif
-  if constexpr (packet_size < A >> 1) {
+  if constexpr (packet_size<A> != 1) {
     Eigen::internal::PacketBlock<packet<A>, packet_size<A>> block;
     GQA_UNROLL
     for (int i = 0; i < packet_size<A>; ++i) block.packet[i] = rows[i];
@@ -213,7 +220,7 @@ inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
 /// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane.
 template <class A>
 [[nodiscard]] inline packet<A> tanh(const packet<A>& x) noexcept {
-  if constexpr (std::is_same_v<A, float> && packet_size < A >> 1) {
+  if constexpr (std::is_same_v<A, float> && packet_size<A> != 1) {
     // Eigen's ptanh clamps its argument, which loses NaN.
     const packet<A> is_number = Eigen::internal::pcmp_eq(x, x);
     return Eigen::internal::pselect(is_number, Eigen::internal::ptanh(x), x);
@@ -242,11 +249,17 @@ template <class A>
 /// a * b + c of scalars, by the rule of the packets.
 template <class A>
 [[nodiscard]] inline A scalar_madd(A a, A b, A c) noexcept {
-#if defined(__FMA__) || defined(__aarch64__)
+#if GQA_FUSED
   return std::fma(a, b, c);
 #else
   return a * b + c;
 #endif
+}
+
+/// NaN as stored: one bit pattern whatever its origin, so that equal results are equal bytes.
+template <class A>
+[[nodiscard]] inline A canonical(A x) noexcept {
+  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
 }
 
 /// a * b of scalars, by the rule of the packets.
