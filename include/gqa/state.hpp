@@ -123,6 +123,8 @@ void merge_many(std::type_identity_t<std::span<const partial_state<const T>>> st
     const detail::operand out = detail::describe("result.out", result.out);
     if (const auto f = detail::find_output_fault(out)) return f;
     if (const auto f = detail::find_lse_fault("result", result.lse, result.out)) return f;
+    if (result.lse.size() > 0 && result.out.extent(3) < 1)
+      return detail::make_fault(errc::shape, "result.out: expected values of at least 1 element, got none");
     const detail::operand lse = detail::describe_lse("result.lse", result.lse);
     if (const auto f = detail::find_overlap_fault(out, lse)) return f;
     for (const auto& state : states) {

@@ -56,7 +56,7 @@ double lse_bound(double max_score) {
 // The worst element of `actual` against `expected`, each with its own bound; NaN must meet NaN, infinity itself.
 class comparison {
  public:
-  void add(double actual, double expected, double bound, std::string where) {
+  void add(double actual, double expected, double bound, const std::string& where) {
     const bool same = (std::isnan(actual) && std::isnan(expected)) || actual == expected;
     double excess = same ? 0 : std::abs(actual - expected) / bound;
     if (std::isnan(excess)) excess = std::numeric_limits<double>::infinity();

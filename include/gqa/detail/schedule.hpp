@@ -56,9 +56,8 @@ class scheduler {
       if (tiles.end > tiles.begin)
         most_splits_ = std::max(most_splits_, (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1);
     }
+    packs_ = row_tiles_ > 1 && most_tiles_ > 0 && slot_elements() > 0;  // tiles that a source holds lie there already
     wave_pairs_ = pairs_;
-    packs_ =
-        row_tiles_ > 1 && most_tiles_ > 0 && slot_elements() > 0;  // sources that hold tiles are read where they are
     if (packs_)
       wave_pairs_ = static_cast<index_t>(std::clamp(packed_bytes / pair_bytes(), 1.0, static_cast<double>(pairs_)));
 
