@@ -79,6 +79,18 @@ TEST(FullyMaskedRow, HasNoNegativeZero) {
   EXPECT_TRUE(all_zero(run(in).out));
 }
 
+// A mean below half of the least half is a zero, and has no sign either.
+TEST(SixteenBits, RoundToZeroWithoutASign) {
+  using half = Eigen::half;
+  operands<half, half> in(attention_case{{1, 1, 64, 1, 1, 16, 16}, 0, layout::bshd});
+  std::fill(in.v.data().begin(), in.v.data().end(), half(0.0f));
+  std::fill_n(in.v.data().begin(), 16, static_cast<half>(-0x1p-24f));
+  std::fill(in.q.data().begin(), in.q.data().end(), half(0.0f));
+  context ctx;
+  const auto got = test::run(in, ctx);
+  for (const half x : got.out) EXPECT_EQ(Eigen::numext::bit_cast<std::uint16_t>(x), 0);
+}
+
 TEST(FullyMaskedRow, OfBiasesOfMinusInfinity) {
   auto in = make_call({1, 2, 130, 2, 2, 16, 16}, with_bias);
   for (auto& x : in.bias) x = -inf;

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <latch>
 #include <stdexcept>
 #include <thread>
@@ -96,6 +97,20 @@ TEST(Context, RunsEveryTaskOnceWithDistinctWorkers) {
     });
     for (const auto& n : runs) EXPECT_EQ(n, 1);
     EXPECT_FALSE(clash);
+  }
+}
+
+// The last tasks of the helpers take longer than those of the caller.
+TEST(Context, ReturnsWhenAllTasksHaveRun) {
+  Eigen::ThreadPool pool(3);
+  context ctx(pool);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    std::atomic<int> done{0};
+    ctx.for_each(6, [&](index_t, index_t worker) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(worker == 0 ? 1 : 4));
+      ++done;
+    });
+    EXPECT_EQ(done, 6);
   }
 }
 

@@ -92,6 +92,21 @@ TEST(Merge, OfPartsIsTheWholeForAnyTree) {
   EXPECT_TRUE(is_whole(many, in));
 }
 
+// Weights 1 and 3, by hand; the result is a handful of roundings away.
+TEST(Merge, WeighsStatesByTheirSums) {
+  owned_state<> a({1, 1, 1, 3}), b({1, 1, 1, 3});
+  a.out = {1, -2, 0};
+  b.out = {5, 2, 0.125f};
+  a.lse = {0};
+  b.lse = {std::log(3.0f)};
+  context ctx;
+  merge(a.state(), b.state(), ctx);
+  const std::vector<double> expected = {4, 1, 0.09375};
+  for (std::size_t i = 0; i < 3; ++i)
+    EXPECT_NEAR(static_cast<double>(a.out[i]), expected[i], 4 * 0x1p-23 * expected[i]);
+  EXPECT_NEAR(static_cast<double>(a.lse[0]), std::log(4.0), 4 * 0x1p-23);
+}
+
 TEST(Merge, OfTwoEmptyStatesIsEmpty) {
   owned_state<> a({1, 2, 3, 8}), b({1, 2, 3, 8});
   context ctx;

@@ -99,9 +99,8 @@ void merge_state_row(std::span<const partial_state<const T>> states, const parti
     const T* const more = &states[i].out(b, s, h, 0);
     for (index_t e = 0; e < dim; ++e) sums[e] = scalar_madd(weight, static_cast<A>(more[e]), sums[e]);
   }
-  for (index_t e = 0; e < dim; ++e)
-    out[e] = static_cast<T>(canonical(sums[e] / total + A{0}));  // + 0: no negative zero
-  result.lse(b, s, h) = canonical(shift + std::log(total));
+  for (index_t e = 0; e < dim; ++e) out[e] = stored<T>(sums[e] / total);
+  result.lse(b, s, h) = stored<A>(shift + std::log(total));
 }
 
 }  // namespace GQA_ISA

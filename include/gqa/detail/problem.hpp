@@ -62,7 +62,7 @@ struct output_rows {
       Out* const row = static_cast<Out*>(base) + offset;
       for (index_t e = 0; e < dim; ++e) {
         const A quotient = scalar_mul(from[e], scale) / sum;
-        row[e] = static_cast<Out>(sum == A{0} ? A{0} : canonical(quotient + A{0}));  // + 0: no negative zero
+        row[e] = sum == A{0} ? Out(0) : stored<Out>(quotient);
       }
     };
     return rows;
@@ -74,7 +74,7 @@ struct output_rows {
     rows.lse = lse.data();
     rows.lse_strides = {lse.stride(0), lse.stride(1), lse.stride(2)};
     rows.store_lse = [](void* base, index_t offset, A value) noexcept {
-      static_cast<L*>(base)[offset] = static_cast<L>(canonical(value));
+      static_cast<L*>(base)[offset] = stored<L>(value);
     };
     return rows;
   }

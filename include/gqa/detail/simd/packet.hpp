@@ -256,10 +256,12 @@ template <class A>
 #endif
 }
 
-/// NaN as stored: one bit pattern whatever its origin, so that equal results are equal bytes.
-template <class A>
-[[nodiscard]] inline A canonical(A x) noexcept {
-  return x == x ? x : std::numeric_limits<A>::quiet_NaN();
+/// x as it is stored: rounded to Out, NaN in one bit pattern whatever its origin and zero without a sign, so that equal
+/// results are equal bytes.
+template <class Out, class A>
+[[nodiscard]] inline Out stored(A x) noexcept {
+  const Out rounded = static_cast<Out>(x == x ? x : std::numeric_limits<A>::quiet_NaN());
+  return rounded == Out(0) ? Out(0) : rounded;
 }
 
 /// a * b of scalars, by the rule of the packets.
