@@ -71,12 +71,6 @@ read_probe& memory() {
   return probe;
 }
 
-template <class T>
-void set_counters(benchmark::State& state, const attention_case& c, double seconds) {
-  state.counters["flop/s"] = c.operations() / seconds;
-  state.counters["kv_bytes/s"] = c.kv_elements() * sizeof(T) / seconds;
-}
-
 // The library, with probes and the Eigen twin in between, so that their ratios are of the same moments.
 template <class Q, class K>
 void run_tiled(benchmark::State& state, const attention_case& c) {
@@ -108,17 +102,18 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
     if (has_twin) twin.add(time(twin_call));
   }
 
-  set_counters<K>(state, c, own.median());
+  state.counters["flop/s"] = c.operations() / own.median();
+  state.counters["kv_bytes/s"] = c.kv_elements() * sizeof(K) / own.median();
   state.counters["of_fma_peak"] = c.operations() / own.median() / peak.median();
   if (!read.empty()) state.counters["of_read"] = c.kv_elements() * sizeof(K) / own.median() / read.median();
   if (!twin.empty()) state.counters["x_eigen"] = twin.median() / own.median();
 
   // The error of the last rows, which see most keys.
-  const index_t rows = std::min<index_t>(c.shape.q_len, 16), first = c.shape.q_len - rows, heads = c.shape.q_heads;
-  tensor<double> exact({c.shape.batch, rows, heads, c.shape.head_dim}, layout::bshd);
-  naive_attention(part_of(std::as_const(in.q).view(), first, rows, 0, heads), std::as_const(in.k).view(),
+  const index_t rows = std::min<index_t>(c.shape.q_len, 16), first = c.shape.q_len - rows;
+  tensor<double> exact({c.shape.batch, rows, c.shape.q_heads, c.shape.head_dim}, layout::bshd);
+  naive_attention(slice(std::as_const(in.q).view(), 1, first, rows), std::as_const(in.k).view(),
                   std::as_const(in.v).view(), exact.view(), c.options(), *w);
-  state.counters["max_abs_err"] = largest_difference(part_of(in.out.view(), first, rows, 0, heads), exact.view());
+  state.counters["max_abs_err"] = largest_difference(slice(in.out.view(), 1, first, rows), exact.view());
 }
 
 void run_eigen(benchmark::State& state, const attention_case& c) {

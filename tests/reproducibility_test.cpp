@@ -8,7 +8,6 @@
 #include <functional>
 #include <memory>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -54,13 +53,6 @@ std::vector<attention_case> divided_cases() {
   return cases;
 }
 
-// Positions [begin, end) of a view.
-tensor_view<const float, 4> part_of_sequence(const tensor_view<const float, 4>& x, index_t begin, index_t end) {
-  return {&x(0, begin, 0, 0),
-          {x.extent(0), end - begin, x.extent(2), x.extent(3)},
-          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
-}
-
 TEST(Reproducibility, DoesNotDependOnThreadsOrExecutor) {
   for (const attention_case& c : divided_cases()) {
     const operands<float, float> in(c);
@@ -96,10 +88,7 @@ TEST(Reproducibility, DoesNotDependOnTheBatch) {
     for (index_t b = 0; b < n.b; ++b) {
       auto options = batch.options;
       options.kv_lengths = batch.options.kv_lengths.subspan(static_cast<std::size_t>(b), 1);
-      const auto sequence = [&](const tensor_view<const float, 4>& x) {
-        return tensor_view<const float, 4>(&x(b, 0, 0, 0), {1, x.extent(1), x.extent(2), x.extent(3)},
-                                           {0, x.stride(1), x.stride(2), 1});
-      };
+      const auto sequence = [&](const tensor_view<const float, 4>& x) { return slice(x, 0, b, 1); };
       const auto size = static_cast<std::size_t>(n.s * n.h * n.e);
       std::vector<float> out(size);
       const auto expect_same_bits = [&](const char* how) {
@@ -112,9 +101,8 @@ TEST(Reproducibility, DoesNotDependOnTheBatch) {
       expect_same_bits("padded");
       const index_t length = options.kv_lengths[0];  // alone there is no padding
       options.kv_lengths = {};
-      const auto k = sequence(batch.k.view()), v = sequence(batch.v.view());
-      attention(sequence(batch.q.view()), part_of_sequence(k, 0, length), part_of_sequence(v, 0, length),
-                view(out.data(), {1, n.s, n.h, n.e}), options, ctx);
+      attention(sequence(batch.q.view()), slice(sequence(batch.k.view()), 1, 0, length),
+                slice(sequence(batch.v.view()), 1, 0, length), view(out.data(), {1, n.s, n.h, n.e}), options, ctx);
       expect_same_bits("cut to its length");
     }
   }
@@ -135,16 +123,12 @@ TEST(Reproducibility, DoesNotDependOnTheOtherHeads) {
     const auto expected = run(in, ctx);
     EXPECT_TRUE(matches_oracle(in, ctx));
     for (index_t g = 0; g < 4; ++g) {
-      const auto heads = [&](const auto& x, index_t first, index_t count) {
-        return gqa::view(&x(0, 0, first, 0), {1, x.extent(1), count, x.extent(3)},
-                         {x.stride(0), x.stride(1), x.stride(2), x.stride(3)});
-      };
       auto options = in.options;
       options.sinks = options.sinks.subspan(static_cast<std::size_t>(2 * g), 2);
       if (masked) options.mask = tensor_view<const bool, 4>(mask.get() + 2 * g * s * 900, {1, 2, s, 900});
       std::vector<float> out(static_cast<std::size_t>(s * 2 * 64));
-      attention(heads(std::as_const(in).q.view(), 2 * g, 2), heads(std::as_const(in).k.view(), g, 1),
-                heads(std::as_const(in).v.view(), g, 1), view(out.data(), {1, s, 2, 64}), options, ctx);
+      attention(slice(in.q.view(), 2, 2 * g, 2), slice(in.k.view(), 2, g, 1), slice(in.v.view(), 2, g, 1),
+                view(out.data(), {1, s, 2, 64}), options, ctx);
       for (index_t i = 0; i < s; ++i) {
         EXPECT_EQ(
             std::memcmp(out.data() + i * 2 * 64, expected.out.data() + (i * 8 + 2 * g) * 64, 2 * 64 * sizeof(float)), 0)
@@ -169,7 +153,7 @@ TEST(Reproducibility, DoesNotDependOnTheQueriesAroundWherePacked) {
     for (index_t s = 0; s + chunk <= 1100; s += chunk == 1 ? 37 : 333) {
       auto options = in.options;
       options.query_offset = s;
-      const auto q = tensor_view<const float, 4>(&in.q.view()(0, s, 0, 0), {1, chunk, 4, dim});
+      const auto q = slice(in.q.view(), 1, s, chunk);
       std::vector<float> out(static_cast<std::size_t>(chunk * 4 * dim));
       attention(q, in.k.view(), in.v.view(), view(out.data(), {1, chunk, 4, dim}), options, ctx);
       EXPECT_EQ(std::memcmp(out.data(), expected.out.data() + s * 4 * dim, out.size() * sizeof(float)), 0)

@@ -38,10 +38,7 @@ struct owned_state {
 // The keys [begin, end) of a call, attended to on their own.
 owned_state<> attend_part(const operands<float, float>& in, index_t begin, index_t end, bool with_sink = false) {
   const auto& n = in.of.shape;
-  const auto part = [&](const tensor_view<const float, 4>& x) {
-    return tensor_view<const float, 4>(&x(0, begin, 0, 0), {n.b, end - begin, n.g, x.extent(3)},
-                                       {x.stride(0), x.stride(1), x.stride(2), 1});
-  };
+  const auto part = [&](const tensor_view<const float, 4>& x) { return slice(x, 1, begin, end - begin); };
   auto options = in.options;
   options.query_offset = n.t - n.s - begin;  // sharded by hand: positions relative to the part
   if (!with_sink) options.sinks = {};

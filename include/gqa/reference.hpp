@@ -10,7 +10,6 @@
 #include <cmath>
 #include <concepts>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include <gqa/attention.hpp>
@@ -94,14 +93,14 @@ requires(attention_variant<Variant> || std::same_as<Variant, detail::no_variant>
   const auto v = detail::as_view(v_in);
   const auto out = detail::output_view(out_or_state);
   using Element = typename decltype(out)::value_type;
-  using A = std::common_type_t<accumulator_t<typename decltype(k)::value_type>,
-                               accumulator_t<typename decltype(v)::value_type>>;
+  const auto kv = kv_view(k, v);
+  using A = typename decltype(kv)::accumulator;
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const auto queries = tensor_view<const typename decltype(q)::value_type, 4>(q);
   if constexpr (detail::output_state<Out>) {
-    if (const auto f = detail::find_call_fault(queries, kv_view(k, v), out_or_state, options)) return detail::raise(f);
+    if (const auto f = detail::find_call_fault(queries, kv, out_or_state, options)) return detail::raise(f);
   } else {
-    if (const auto f = detail::find_call_fault(queries, kv_view(k, v), out, options)) return detail::raise(f);
+    if (const auto f = detail::find_call_fault(queries, kv, out, options)) return detail::raise(f);
   }
 
   const index_t q_len = q.extent(1), q_heads = q.extent(2), head_dim = q.extent(3), value_dim = v.extent(3);

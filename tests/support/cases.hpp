@@ -18,6 +18,7 @@
 #include <gqa/tensor_view.hpp>
 
 #include "rng.hpp"
+#include "tensor.hpp"
 
 namespace gqa::test {
 
@@ -63,33 +64,6 @@ struct attention_case {
     text << (kv_layout == layout::bhsd ? "_bhsd" : "_bshd") << "_seed" << seed;
     return text.str();
   }
-};
-
-// A tensor [B, S, H, D] that owns its memory in either layout.
-template <class T>
-class tensor {
- public:
-  tensor(std::array<index_t, 4> extents, layout order)
-      : extents_(extents),
-        order_(order),
-        data_(static_cast<std::size_t>(std::max<index_t>(extents[0] * extents[1] * extents[2] * extents[3], 1))) {}
-
-  tensor_view<T, 4> view() { return make_view<T>(data_.data()); }
-  tensor_view<const T, 4> view() const { return make_view<const T>(data_.data()); }
-  std::vector<T>& data() { return data_; }
-  const std::vector<T>& data() const { return data_; }
-
- private:
-  template <class U>
-  tensor_view<U, 4> make_view(U* data) const {
-    const auto [b, s, h, d] = extents_;
-    if (order_ == layout::bshd) return {data, extents_};
-    return {data, extents_, {h * s * d, d, s * d, 1}};
-  }
-
-  std::array<index_t, 4> extents_;
-  layout order_;
-  std::vector<T> data_;
 };
 
 // The operands of a case, in K's element type (queries in Q's), and its options with the memory they point to.

@@ -49,11 +49,12 @@ struct operand {
 };
 
 template <class T>
-[[nodiscard]] operand describe(const char* name, const tensor_view<T, 4>& v) noexcept {
+[[nodiscard]] operand describe(const char* name, const tensor_view<T, 4>& view) noexcept {
+  const tensor_view<T, 4> v = without_idle_strides(view);
   operand o{name, v.data(), {}, {}, static_cast<index_t>(sizeof(T))};
   for (int axis = 0; axis < 4; ++axis) {
     o.extents[static_cast<std::size_t>(axis)] = v.extent(axis);
-    o.strides[static_cast<std::size_t>(axis)] = v.extent(axis) <= 1 ? 0 : v.stride(axis);
+    o.strides[static_cast<std::size_t>(axis)] = v.stride(axis);
   }
   return o;
 }

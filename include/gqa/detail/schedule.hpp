@@ -239,7 +239,7 @@ class scheduler {
       bool in_place = false;
       for (member& m : members) {
         engine_.attend(m.rows, i, tile_at, m.w, m.states);
-        in_place = in_place || *m.w.in_place;
+        in_place = in_place || m.w.in_place;
       }
       if (in_place) attend_in_place(members, i);
     }
@@ -252,15 +252,15 @@ class scheduler {
     constexpr index_t groups = tile_tokens / group_tokens;
     for (index_t group = 0; group < groups; ++group) {
       for (member& m : members) {
-        if (*m.w.in_place) engine_.score_group(m.rows, i, group, m.w);
+        if (m.w.in_place) engine_.score_group(m.rows, i, group, m.w);
       }
     }
     for (member& m : members) {
-      if (*m.w.in_place) engine_.weigh_groups(m.rows, m.w, m.states);
+      if (m.w.in_place) engine_.weigh_groups(m.rows, m.w, m.states);
     }
     for (index_t group = 0; group < groups; ++group) {
       for (member& m : members) {
-        if (*m.w.in_place) engine_.apply_group(m.rows, i, group, m.w, m.states);
+        if (m.w.in_place) engine_.apply_group(m.rows, i, group, m.w, m.states);
       }
     }
   }

@@ -52,7 +52,7 @@ struct workspace {
   raw_states<A> total;     // of the splits before it
   std::uint64_t* visible;  // [rows], a bit a key of the tile at work
   A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where it is read in place
-  bool* in_place;          // whether it is
+  bool in_place = false;   // whether it is
   A* tile = nullptr;       // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
@@ -76,7 +76,6 @@ struct workspace {
     take_states(w.current);
     take_states(w.total);
     take(w.tile_sums, std::min<index_t>(rows, block_rows) * out_stride);
-    take(w.in_place, 1);
     return used;
   }
 };
@@ -136,14 +135,14 @@ class tile_engine {
   }
 
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed. Where few rows see all
-  /// of it, this is left to the three steps below, and *w.in_place says so.
+  /// of it, this is left to the three steps below, and w.in_place says so.
   template <class TileAt>
   void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace<A>& w, const raw_states<A>& states) const {
     const visibility seen = find_visible(t, i, w.visible);
     // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN. What decides is the call's
     // shape and options; the contents of a mask would let one head's mask choose another's kernel, and so its bits.
-    *w.in_place = reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
-    if (seen != visibility::none && !*w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+    w.in_place = reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
+    if (seen != visibility::none && !w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
   }
 
   /// In place, first: the scores of group `n` of key tile i.
