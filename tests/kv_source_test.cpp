@@ -16,8 +16,8 @@ namespace {
 // Keys and values that lie in memory as tiles and are read there: what a cache does.
 class stored_tiles {
  public:
-  using accumulator = float;
   using element = float;
+  using panel_element = float;
 
   stored_tiles(const tensor_view<const float, 4>& k, const tensor_view<const float, 4>& v) : plain_(k, v) {
     const index_t tiles = (plain_.kv_len() + 63) / 64;

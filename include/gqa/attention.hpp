@@ -118,26 +118,38 @@ template <class Q, class Source, class Out>
   return find_overlap(out);
 }
 
-/// The one way in: checks, erases the element types of q and out, runs.
-template <class Q, class Source, class Out, class Variant>
-void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-            const attention_options& options, const Variant& variant, context& ctx) {
-  using A = typename Source::accumulator;
+/// A checked call with queries and weights held in L.
+template <class L, class Q, class Source, class Out, class Variant>
+void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+               const attention_options& options, const Variant& variant, context& ctx) {
+  using A = accumulator_t<typename Source::panel_element>;
+  problem<A, L> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
+                  options,
+                  query_rows<A, L>::of(q),
+                  {}};
   const auto out = output_view(out_or_state);
-  require_dtypes<Q, Source, typename decltype(out)::value_type>();
-  if (const auto fault = find_call_fault(q, kv, out_or_state, options)) return raise(fault);
-  if (out.size() == 0) return;
-
-  problem<A> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
-               options,
-               query_rows<A>::of(q),
-               {}};
   if constexpr (output_state<Out>) {
     p.out = output_rows<A>::of(out, out_or_state.lse);
   } else {
     p.out = output_rows<A>::of(out);
   }
-  scheduler<A, Source, Variant>(p, kv, variant, ctx).run();
+  scheduler<Source, Variant, L>(p, kv, variant, ctx).run();
+}
+
+/// The one way in: checks, erases the element types of q and out, chooses what products are made of, runs.
+template <class Q, class Source, class Out, class Variant>
+void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+            const attention_options& options, const Variant& variant, context& ctx) {
+  using panel_element = typename Source::panel_element;
+  const auto out = output_view(out_or_state);
+  require_dtypes<Q, Source, typename decltype(out)::value_type>();
+  if (const auto fault = find_call_fault(q, kv, out_or_state, options)) return raise(fault);
+  if (out.size() == 0) return;
+  if constexpr (has_dot<panel_element>) {
+    if (!options.float_products.value_or(std::is_same_v<Q, float>))
+      return attend_in<panel_element>(q, kv, out_or_state, options, variant, ctx);
+  }
+  attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, variant, ctx);
 }
 
 }  // namespace GQA_ISA

@@ -17,17 +17,18 @@
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {
 
 /// Keys and values of a batch, readable tile by tile.
-///   accumulator       float or double: what tiles hold and scores are computed in
 ///   element           the stored element type; queries have it too, or are float where it is narrower
+///   panel_element     what tiles hold; scores are computed in its accumulator
 ///   kv_len()          extent T of masks and biases, at least every length
 ///   length(b)         valid keys of sequence b
-///   scratch_elements()  accumulators that tile() may need as scratch, 0 if tiles are read in place
+///   scratch_elements()  panel elements that tile() may need as scratch, 0 if tiles are read in place
 ///   tile(b, g, i, tokens, scratch)
 ///                     tokens [64 i, 64 i + 64) of KV head g, of which the first `tokens` will be looked at (the rest
 ///                     may be anything, but a panel with NaN or infinite values says so)
@@ -37,8 +38,8 @@ namespace gqa {
 ///   rows(b, g, t)     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp)
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
 template <class S>
-concept kv_source = !tensor_like<S> &&
-                    requires(const std::remove_cvref_t<S>& kv, typename std::remove_cvref_t<S>::accumulator* scratch) {
+concept kv_source = !tensor_like<S> && requires(const std::remove_cvref_t<S>& kv,
+                                                typename std::remove_cvref_t<S>::panel_element* scratch) {
   typename std::remove_cvref_t<S>::element;
   { kv.batch() } -> std::same_as<index_t>;
   { kv.kv_heads() } -> std::same_as<index_t>;
@@ -49,7 +50,7 @@ concept kv_source = !tensor_like<S> &&
   { kv.scratch_elements() } -> std::same_as<index_t>;
   {
     kv.tile(index_t{}, index_t{}, index_t{}, index_t{}, scratch)
-    } -> std::same_as<detail::kv_tile<typename std::remove_cvref_t<S>::accumulator>>;
+    } -> std::same_as<detail::kv_tile<typename std::remove_cvref_t<S>::panel_element>>;
   { kv.find_fault() } -> std::same_as<detail::fault>;
 };
 
@@ -63,8 +64,10 @@ class dense_kv {
                 "gqa: keys and values must be float, double, half or bfloat16");
 
  public:
-  using accumulator = std::common_type_t<accumulator_t<K>, accumulator_t<V>>;
   using element = K;
+  /// Packed once and read often: as accumulators, but for pairs that an instruction multiplies.
+  using panel_element = std::conditional_t<std::is_same_v<K, V> && detail::has_dot<K>, K,
+                                           std::common_type_t<accumulator_t<K>, accumulator_t<V>>>;
 
   dense_kv(tensor_view<const K, 4> k, tensor_view<const V, 4> v) noexcept
       : k_(detail::without_idle_strides(k)), v_(detail::without_idle_strides(v)) {}
@@ -82,10 +85,10 @@ class dense_kv {
     return detail::find_kv_fault(detail::describe("k", k_), detail::describe("v", v_));
   }
   [[nodiscard]] index_t scratch_elements() const noexcept {
-    return detail::tile_tokens * (head_dim() + detail::padded_value_dim(value_dim()));
+    return detail::tile_elements<panel_element>(head_dim(), value_dim());
   }
-  [[nodiscard]] detail::kv_tile<accumulator> tile(index_t b, index_t g, index_t i, index_t tokens,
-                                                  accumulator* scratch) const noexcept {
+  [[nodiscard]] detail::kv_tile<panel_element> tile(index_t b, index_t g, index_t i, index_t tokens,
+                                                    panel_element* scratch) const noexcept {
     const index_t first = i * detail::tile_tokens;
     return detail::pack_tile(&k_(b, first, g, 0), k_.stride(1), head_dim(), &v_(b, first, g, 0), v_.stride(1),
                              value_dim(), tokens, scratch);

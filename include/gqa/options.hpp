@@ -37,6 +37,9 @@ struct attention_options {
   std::span<const index_t> kv_lengths = {};              ///< [B] valid keys, the rest is padding; empty: all
   std::span<const index_t> group_offsets =
       {};  ///< [G+1]: KV head g serves query heads [off[g], off[g+1]); empty: equal
+  /// Over bfloat16 keys: whether queries and weights meet them as floats, or rounded to bfloat16 for the hardware's dot
+  /// products where it has them (docs/01_numerics.md). Default: as floats if the queries are floats.
+  std::optional<bool> float_products = {};
 };
 
 }  // namespace gqa

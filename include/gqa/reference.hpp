@@ -94,7 +94,7 @@ requires(attention_variant<Variant> || std::same_as<Variant, detail::no_variant>
   const auto out = detail::output_view(out_or_state);
   using Element = typename decltype(out)::value_type;
   const auto kv = kv_view(k, v);
-  using A = typename decltype(kv)::accumulator;
+  using A = accumulator_t<typename decltype(kv)::panel_element>;
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const auto queries = tensor_view<const typename decltype(q)::value_type, 4>(q);
   if constexpr (detail::output_state<Out>) {

@@ -32,8 +32,9 @@ struct attended {
   }
 };
 
-template <class Out = void, class Q, class K>
-auto run(const operands<Q, K>& in, context& ctx) {
+// attention() of the operands' queries and options over any source that holds their keys and values.
+template <class Out = void, class Q, class K, class KV>
+auto run_over(const operands<Q, K>& in, const KV& kv, context& ctx) {
   using element = std::conditional_t<std::is_void_v<Out>, Q, Out>;
   const auto& n = in.of.shape;
   const auto size = [](index_t count) { return static_cast<std::size_t>(std::max<index_t>(count, 1)); };
@@ -43,30 +44,37 @@ auto run(const operands<Q, K>& in, context& ctx) {
   result.lse.assign(size(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
   const partial_state<element> state{tensor_view<element, 4>(result.out.data(), {n.b, n.s, n.h, n.e}),
                                      tensor_view<accumulator_t<element>, 3>(result.lse.data(), {n.b, n.s, n.h})};
-  attention(in.q.view(), in.k.view(), in.v.view(), state, in.options, ctx);
+  attention(in.q.view(), kv, state, in.options, ctx);
   return result;
+}
+
+template <class Out = void, class Q, class K>
+auto run(const operands<Q, K>& in, context& ctx) {
+  return run_over<Out>(in, kv_view(in.k.view(), in.v.view()), ctx);
 }
 
 // attention() of the operands is what the oracle says, within the bounds of matchers.hpp, and the same to the bit
 // whether the lse is asked for or not.
-template <class Q, class K>
-::testing::AssertionResult matches_oracle(const operands<Q, K>& in, context& ctx) {
+template <class Q, class K, class KV>
+::testing::AssertionResult matches_oracle_over(const operands<Q, K>& in, const KV& kv, context& ctx) {
   using A = accumulator_t<K>;
   const auto& n = in.of.shape;
   const oracle_result expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
-  const auto actual = run(in, ctx);
+  const auto actual = run_over(in, kv, ctx);
 
+  const double rounding = weight_rounding<Q, K>(in.options);
   comparison outs, lses;
   for (index_t i = 0; i < n.b * n.s * n.h; ++i) {
     const auto row = static_cast<std::size_t>(i);
     std::ostringstream where;
     where << "(b " << i / (n.s * n.h) << ", s " << i / n.h % n.s << ", h " << i % n.h << ')';
-    lses.add(static_cast<double>(actual.lse[row]), expected.lse[row], lse_bound<A>(expected.max_score),
+    lses.add(static_cast<double>(actual.lse[row]), expected.lse[row], lse_bound<A>(expected.max_score) + rounding,
              "lse" + where.str());
     for (index_t e = 0; e < n.e; ++e) {
       const auto at = static_cast<std::size_t>(i * n.e + e);
       outs.add(static_cast<double>(actual.out[at]), expected.out[at],
-               output_bound<A>(expected.max_score, expected.max_value) + storing_error<Q>(expected.out[at]),
+               output_bound<A>(expected.max_score, expected.max_value) + rounding * expected.max_value +
+                   storing_error<Q>(expected.out[at]),
                "out" + where.str());
     }
   }
@@ -75,10 +83,15 @@ template <class Q, class K>
 
   tensor<Q> plain({n.b, n.s, n.h, n.e}, layout::bshd);
   plain.data().assign(plain.data().size(), static_cast<Q>(std::numeric_limits<float>::quiet_NaN()));
-  attention(in.q.view(), in.k.view(), in.v.view(), plain.view(), in.options, ctx);
+  attention(in.q.view(), kv, plain.view(), in.options, ctx);
   if (std::memcmp(plain.data().data(), actual.out.data(), plain.data().size() * sizeof(Q)) != 0)
     return ::testing::AssertionFailure() << "state and plain output differ in " << in.of.name();
   return ::testing::AssertionSuccess();
+}
+
+template <class Q, class K>
+::testing::AssertionResult matches_oracle(const operands<Q, K>& in, context& ctx) {
+  return matches_oracle_over(in, kv_view(in.k.view(), in.v.view()), ctx);
 }
 
 }  // namespace gqa::test

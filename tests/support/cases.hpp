@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <gqa/options.hpp>
@@ -41,8 +42,9 @@ enum option_bit : unsigned {
   with_scale = 1u << 10,
   with_groups = 1u << 11,
   with_broadcast_mask = 1u << 12,
+  with_float_products = 1u << 13,
 };
-inline constexpr unsigned option_count = 13;
+inline constexpr unsigned option_count = 14;
 
 struct attention_case {
   test::shape shape;
@@ -52,9 +54,9 @@ struct attention_case {
   double magnitude = 1;  // of the queries
 
   [[nodiscard]] std::string name() const {
-    static constexpr std::array<const char*, option_count> names = {"causal", "window", "softcap",  "alibi",  "sinks",
-                                                                    "mask",   "bias",   "lengths",  "offset", "offsets",
-                                                                    "scale",  "groups", "broadcast"};
+    static constexpr std::array<const char*, option_count> names = {
+        "causal",  "window", "softcap", "alibi", "sinks",  "mask",      "bias",
+        "lengths", "offset", "offsets", "scale", "groups", "broadcast", "float_products"};
     std::ostringstream text;
     text << 'b' << shape.b << 'q' << shape.s << 't' << shape.t << 'h' << shape.h << 'g' << shape.g << 'd' << shape.d
          << 'e' << shape.e;
@@ -89,6 +91,7 @@ struct operands {
     for (auto& x : v.data()) x = static_cast<K>(random.normal());
     const auto has = [&](option_bit bit) { return (c.options & bit) != 0; };
     options.causal = has(with_causal);
+    if (has(with_float_products)) options.float_products = std::is_same_v<Q, K>;  // not the default
     if (has(with_window)) options.window = {random.between(0, std::max<index_t>(n.t, 4)), random.between(-1, n.t)};
     if (has(with_softcap)) options.softcap = 0.5 + 20 * random.uniform();
     if (has(with_alibi)) {

@@ -11,6 +11,11 @@
 // from the top, and only the scores' own error grows: the bound stops at 60 for random data, and is c eps s m for data
 // made of large scores. double: the same multiple of its own u, 4.5e-15.
 // 16-bit outputs add their own rounding, half an ulp of the result.
+//
+// bfloat16 where the ISA multiplies pairs of it: weights are rounded to 8 bits, each by a factor 1 + d, |d| <= 2^-8,
+// and their sum is that of the rounded ones. So an output moves by the mean of d (v - out), at most 2^-8 times the mean
+// deviation of the values, which is at most m; and a log-sum-exp by the mean of d, at most 2^-8. (Queries are rounded
+// too; these tests draw them from what bfloat16 holds.)
 #pragma once
 
 #include <gtest/gtest.h>
@@ -27,6 +32,8 @@
 #include <Eigen/Core>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/simd/product.hpp>
+#include <gqa/options.hpp>
 
 namespace gqa::test {
 
@@ -41,6 +48,12 @@ double storing_error(double x) {
   if constexpr (std::is_same_v<T, Eigen::bfloat16>) return a * 0x1p-8;
   if constexpr (std::is_same_v<T, float>) return std::max(a * 0x1p-24, 0x1p-150);
   return 0;
+}
+
+// The share of m, and of a log-sum-exp, that rounded weights of keys in K may cost.
+template <class Q, class K>
+double weight_rounding(const attention_options& options) {
+  return detail::has_dot<K> && !options.float_products.value_or(std::is_same_v<Q, float>) ? 0x1p-8 : 0;
 }
 
 // What a call may be off by, from the largest score and value that it sees.

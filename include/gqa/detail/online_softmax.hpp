@@ -13,10 +13,12 @@
 #include <cstdint>
 #include <limits>
 #include <numbers>
+#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/exp2.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 
 namespace gqa::detail {
@@ -33,10 +35,12 @@ struct raw_states {
   A* out;
 };
 
-/// Takes 64 base-2 scores of one row, all hidden ones -inf, and turns them into weights 2^(s - m) in place.
-/// Updates the row's maximum and its sum, kept in lanes; returns the factor alpha <= 1 on everything summed so far.
-template <class A>
-[[nodiscard]] A softmax_step(A* s /* [64] */, A& max, A* lanes /* [packet_size] */) noexcept {
+/// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m), rounded to L; s and weights may be
+/// the same memory. Updates the row's maximum and the sum of its weights as rounded, kept in lanes; returns the factor
+/// alpha <= 1 on everything summed so far.
+template <class A, class L>
+[[nodiscard]] A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
+                             A* lanes /* [packet_size] */) noexcept {
   constexpr int width = packet_size<A>;
   constexpr int vectors = static_cast<int>(tile_tokens) / width;
   packet<A> top = load(s);
@@ -51,11 +55,16 @@ template <class A>
   }
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
+  const auto weight = [&](int v) { return exp2_nonpositive<A>(sub(load(s + v * width), shift)); };
   packet<A> sum = zeros<A>();
-  for (int v = 0; v < vectors; ++v) {
-    const packet<A> weight = exp2_nonpositive<A>(sub(load(s + v * width), shift));
-    store(s + v * width, weight);
-    sum = add(sum, weight);
+  if constexpr (std::is_same_v<A, L>) {
+    for (int v = 0; v < vectors; ++v) {
+      const packet<A> w = weight(v);
+      store(weights + v * width, w);
+      sum = add(sum, w);
+    }
+  } else {
+    for (int v = 0; v < vectors; v += 2) sum = store_rounded(weights + v * width, weight(v), weight(v + 1), sum);
   }
   store(lanes, madd(load(lanes), broadcast(alpha), sum));
   return alpha;

@@ -20,25 +20,25 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once.
-template <class A>
+/// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once, to L.
+template <class A, class L>
 struct query_rows {
   const void* data = nullptr;
   std::array<index_t, 3> strides{};
-  void (*load_row)(const void*, index_t offset, index_t dim, double factor, A* to) noexcept = nullptr;
+  void (*load_row)(const void*, index_t offset, index_t dim, double factor, L* to) noexcept = nullptr;
 
   template <class Q>
   static query_rows of(const tensor_view<const Q, 4>& q) noexcept {
     return {q.data(),
             {q.stride(0), q.stride(1), q.stride(2)},
-            [](const void* base, index_t offset, index_t dim, double factor, A* to) noexcept {
+            [](const void* base, index_t offset, index_t dim, double factor, L* to) noexcept {
               const Q* const row = static_cast<const Q*>(base) + offset;
               for (index_t d = 0; d < dim; ++d)
-                to[d] = static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor);
+                to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
             }};
   }
 
-  void load(index_t b, index_t s, index_t h, index_t dim, double factor, A* to) const noexcept {
+  void load(index_t b, index_t s, index_t h, index_t dim, double factor, L* to) const noexcept {
     load_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, factor, to);
   }
 };
@@ -85,11 +85,12 @@ struct output_rows {
   }
 };
 
-template <class A>
+/// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
+template <class A, class L>
 struct problem {
   call_shape shape;
   attention_options options;
-  query_rows<A> q;
+  query_rows<A, L> q;
   output_rows<A> out;
 
   [[nodiscard]] double scale() const noexcept {

@@ -15,10 +15,12 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/tile_kernel.hpp>
 
@@ -37,24 +39,37 @@ struct kv_rows {
   index_t v_stride;
 };
 
+/// How rows of T meet a left operand of L: one by one in accumulators, or as pairs of 16-bit neighbours.
+template <class T, class L>
+inline constexpr bool multiplies_pairs = std::is_same_v<T, L>&& has_dot<T>;
+
 /// True for dims that the row kernels take: whole packets only.
-template <class A>
+template <class A, class K, class L>
 [[nodiscard]] constexpr bool row_kernel_takes(index_t head_dim, index_t value_dim) noexcept {
-  return head_dim % packet_size<A> == 0 && value_dim % (block_vectors * packet_size<A>) == 0;
+  return head_dim % (packet_size<A> * (multiplies_pairs<K, L> ? 2 : 1)) == 0 &&
+         value_dim % (block_vectors * packet_size<A>) == 0;
 }
 
 /// lanes[r] = the products of q's row r and one key, summed over the packets of the key.
-template <class A, int Rows, class K>
-GQA_INLINE void dot_lanes(const K* key, const A* q, index_t q_stride, index_t head_dim, A* lanes,
+template <int Rows, class A, class L, class K>
+GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t head_dim, A* lanes,
                           index_t lanes_stride) noexcept {
-  constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][1];
   clear<A>(sum);
-  for (index_t d = 0; d < head_dim; d += width) {
-    packet<A> step = load_as<A>(key + d);
-    keep_in_register(step);
-    GQA_UNROLL
-    for (int r = 0; r < Rows; ++r) sum[r][0] = madd(load(q + r * q_stride + d), step, sum[r][0]);
+  if constexpr (multiplies_pairs<K, L>) {
+    using product = lane_product<K, L>;
+    for (index_t d = 0; d < head_dim; d += 2 * packet_size<A>) {
+      const typename product::right step = product::load(key + d, 0);
+      GQA_UNROLL
+      for (int r = 0; r < Rows; ++r) sum[r][0] = product::madd(product::load(q + r * q_stride + d, 0), step, sum[r][0]);
+    }
+  } else {
+    for (index_t d = 0; d < head_dim; d += packet_size<A>) {
+      packet<A> step = load_as<A>(key + d);
+      keep_in_register(step);
+      GQA_UNROLL
+      for (int r = 0; r < Rows; ++r) sum[r][0] = madd(load(q + r * q_stride + d), step, sum[r][0]);
+    }
   }
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) store(lanes + r * lanes_stride, sum[r][0]);
@@ -77,20 +92,20 @@ template <class A>
 }
 
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
-template <class A, int Rows, class K, class V>
-void score_rows(const kv_rows<K, V>& kv, const A* q, index_t q_stride, index_t head_dim, A* s) noexcept {
+template <int Rows, class A, class L, class K, class V>
+void score_rows(const kv_rows<K, V>& kv, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][width * width];
   for (index_t t = 0; t < group_tokens; t += width) {
     for (index_t i = 0; i < width; ++i)
-      dot_lanes<A, Rows>(kv.k + (t + i) * kv.k_stride, q, q_stride, head_dim, lanes[0] + i * width, width * width);
+      dot_lanes<Rows>(kv.k + (t + i) * kv.k_stride, q, q_stride, head_dim, lanes[0] + i * width, width * width);
     for (int r = 0; r < Rows; ++r) store(s + r * tile_tokens + t, sum_each<A>(lanes[r]));
   }
 }
 
 /// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
-template <class A, int Rows, int Vectors, class K, class V>
-void value_row_columns(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sums_stride, index_t column) noexcept {
+template <int Rows, int Vectors, class A, class L, class K, class V>
+void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sums_stride, index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
@@ -98,18 +113,34 @@ void value_row_columns(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sum
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums + r * sums_stride + column + v * width);
   }
-  for (index_t t = 0; t < group_tokens; ++t) {
-    packet<A> step[Vectors];
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) {
-      step[v] = load_as<A>(kv.v + t * kv.v_stride + column + v * width);
-      keep_in_register(step[v]);
-    }
-    GQA_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const packet<A> weight = broadcast(p[r * tile_tokens + t]);
+  if constexpr (multiplies_pairs<V, L>) {
+    using product = lane_product<V, L>;
+    for (index_t t = 0; t < group_tokens; t += 2) {
+      const V* const row = kv.v + t * kv.v_stride + column;
+      typename product::right step[Vectors];
       GQA_UNROLL
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = madd(weight, step[v], sum[r][v]);
+      for (int v = 0; v < Vectors; ++v) step[v] = load_two_rows(row + v * width, row + kv.v_stride + v * width);
+      GQA_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        const typename product::left weights = product::broadcast(p + r * tile_tokens + t, 0);
+        GQA_UNROLL
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = product::madd(weights, step[v], sum[r][v]);
+      }
+    }
+  } else {
+    for (index_t t = 0; t < group_tokens; ++t) {
+      packet<A> step[Vectors];
+      GQA_UNROLL
+      for (int v = 0; v < Vectors; ++v) {
+        step[v] = load_as<A>(kv.v + t * kv.v_stride + column + v * width);
+        keep_in_register(step[v]);
+      }
+      GQA_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        const packet<A> weight = broadcast(p[r * tile_tokens + t]);
+        GQA_UNROLL
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = madd(weight, step[v], sum[r][v]);
+      }
     }
   }
   GQA_UNROLL
@@ -120,14 +151,14 @@ void value_row_columns(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sum
 }
 
 /// sums [Rows, E] += P V. Few rows leave registers for twice the columns: whole rows of values at a time.
-template <class A, int Rows, class K, class V>
-void value_rows(const kv_rows<K, V>& kv, const A* p, A* sums, index_t sums_stride, index_t value_dim) noexcept {
+template <int Rows, class A, class L, class K, class V>
+void value_rows(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sums_stride, index_t value_dim) noexcept {
   constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
   index_t column = 0;
   for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<A, Rows, wide>(kv, p, sums, sums_stride, column);
+    value_row_columns<Rows, wide>(kv, p, sums, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<A, Rows, block_vectors>(kv, p, sums, sums_stride, column);
+    value_row_columns<Rows, block_vectors>(kv, p, sums, sums_stride, column);
 }
 
 /// O [Rows, E] = alpha O + the sums of a tile, once all of its groups are in.
@@ -141,16 +172,16 @@ void add_tile_sums(const A* sums, const A* alpha, A* out, index_t rows, index_t 
 }
 
 /// The two products for each number of rows in a block.
-template <class A, class K, class V>
+template <class A, class L, class K, class V>
 struct row_kernels {
-  using scores_kernel = void (*)(const kv_rows<K, V>&, const A*, index_t, index_t, A*) noexcept;
-  using values_kernel = void (*)(const kv_rows<K, V>&, const A*, A*, index_t, index_t) noexcept;
-  static constexpr std::array<scores_kernel, block_rows> scores = {score_rows<A, 1, K, V>, score_rows<A, 2, K, V>,
-                                                                   score_rows<A, 3, K, V>, score_rows<A, 4, K, V>,
-                                                                   score_rows<A, 5, K, V>, score_rows<A, 6, K, V>};
-  static constexpr std::array<values_kernel, block_rows> values = {value_rows<A, 1, K, V>, value_rows<A, 2, K, V>,
-                                                                   value_rows<A, 3, K, V>, value_rows<A, 4, K, V>,
-                                                                   value_rows<A, 5, K, V>, value_rows<A, 6, K, V>};
+  using scores_kernel = void (*)(const kv_rows<K, V>&, const L*, index_t, index_t, A*) noexcept;
+  using values_kernel = void (*)(const kv_rows<K, V>&, const L*, A*, index_t, index_t) noexcept;
+  static constexpr std::array<scores_kernel, block_rows> scores = {
+      score_rows<1, A, L, K, V>, score_rows<2, A, L, K, V>, score_rows<3, A, L, K, V>,
+      score_rows<4, A, L, K, V>, score_rows<5, A, L, K, V>, score_rows<6, A, L, K, V>};
+  static constexpr std::array<values_kernel, block_rows> values = {
+      value_rows<1, A, L, K, V>, value_rows<2, A, L, K, V>, value_rows<3, A, L, K, V>,
+      value_rows<4, A, L, K, V>, value_rows<5, A, L, K, V>, value_rows<6, A, L, K, V>};
 };
 
 }  // namespace GQA_ISA

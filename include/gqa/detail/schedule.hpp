@@ -40,10 +40,15 @@ inline constexpr index_t bundle_rows = 16;
 /// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.
 inline constexpr double serial_work = 1 << 20;
 
-template <class A, class Source, class Variant>
+template <class Source, class Variant, class L>
 class scheduler {
+  using engine = tile_engine<Source, Variant, L>;
+  using P = typename engine::P;
+  using A = typename engine::A;
+  using workspace = typename engine::workspace;
+
  public:
-  scheduler(const problem<A>& p, const Source& kv, const Variant& variant, context& ctx)
+  scheduler(const problem<A, L>& p, const Source& kv, const Variant& variant, context& ctx)
       : problem_(p), kv_(kv), engine_(p, kv, variant), ctx_(ctx), workers_(ctx.concurrency()) {
     const call_shape& shape = p.shape;
     const index_t rows = shape.q_len * p.largest_group();
@@ -97,10 +102,10 @@ class scheduler {
     return tile_tokens * (problem_.shape.head_dim + problem_.shape.value_dim);
   }
   /// Elements from one packed tile to the next; 0 if the source needs no room for them.
-  [[nodiscard]] index_t slot_elements() const noexcept { return round_up(kv_.scratch_elements(), panel_tokens); }
+  [[nodiscard]] index_t slot_elements() const noexcept { return round_up(kv_.scratch_elements(), 64); }
   /// Estimates are in floating point: views of stride 0 may have any number of keys.
   [[nodiscard]] double pair_bytes() const noexcept {
-    return static_cast<double>(most_tiles_) * static_cast<double>(slot_elements()) * sizeof(A);
+    return static_cast<double>(most_tiles_) * static_cast<double>(slot_elements()) * sizeof(P);
   }
   [[nodiscard]] index_t state_elements() const noexcept {
     return round_up(tile_rows_ * (engine_.out_stride() + 2), panel_tokens);
@@ -108,17 +113,17 @@ class scheduler {
 
   /// Divides the context's scratch: a workspace a worker, packed tiles, states of splits. False if there is none.
   [[nodiscard]] bool place() {
-    workspace<A> measured;
+    workspace measured;
     workspace_bytes_ = carve_workspace(nullptr, measured);
     const index_t packed = packs_ ? wave_pairs_ * most_tiles_ : 0;
     const index_t states = splits_apart_ ? wave_pairs_ * row_tiles_ * most_splits_ : 0;
-    source_tile_bytes_ = packs_ ? 0 : static_cast<std::size_t>(slot_elements()) * sizeof(A);
+    source_tile_bytes_ = packs_ ? 0 : static_cast<std::size_t>(slot_elements()) * sizeof(P);
     const std::size_t all_workspaces = (workspace_bytes_ * static_cast<std::size_t>(bundle_) + source_tile_bytes_) *
                                        static_cast<std::size_t>(workers_);
     const std::size_t all_members =
         static_cast<std::size_t>(round_up(workers_ * bundle_ * index_t{sizeof(member)}, 64));
-    const std::size_t all_tiles = static_cast<std::size_t>(packed * slot_elements()) * sizeof(A);
-    const std::size_t all_slots = static_cast<std::size_t>(packed) * sizeof(kv_tile<A>);
+    const std::size_t all_tiles = static_cast<std::size_t>(packed * slot_elements()) * sizeof(P);
+    const std::size_t all_slots = static_cast<std::size_t>(packed) * sizeof(kv_tile<P>);
     const std::size_t all_states = static_cast<std::size_t>(states * state_elements()) * sizeof(A);
     std::byte* const memory = ctx_.detail_scratch(all_workspaces + all_members + all_tiles + all_states + all_slots);
     if (memory == nullptr) return false;
@@ -126,22 +131,22 @@ class scheduler {
     const auto take = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
     workspaces_ = take(all_workspaces);
     members_ = reinterpret_cast<member*>(take(all_members));
-    packed_ = reinterpret_cast<A*>(take(all_tiles));
+    packed_ = reinterpret_cast<P*>(take(all_tiles));
     states_ = reinterpret_cast<A*>(take(all_states));
-    tiles_ = reinterpret_cast<kv_tile<A>*>(at);
+    tiles_ = reinterpret_cast<kv_tile<P>*>(at);
     return true;
   }
 
-  std::size_t carve_workspace(std::byte* memory, workspace<A>& w) const noexcept {
-    return workspace<A>::carve(memory, tile_rows_, engine_.q_stride(), engine_.out_stride(), w);
+  std::size_t carve_workspace(std::byte* memory, workspace& w) const noexcept {
+    return workspace::carve(memory, tile_rows_, engine_.q_stride(), engine_.out_stride(), w);
   }
   /// Workspace of a worker for the n-th row tile of a bundle.
-  [[nodiscard]] workspace<A> workspace_of(index_t worker, index_t n) const noexcept {
+  [[nodiscard]] workspace workspace_of(index_t worker, index_t n) const noexcept {
     std::byte* const own = workspaces_ + (workspace_bytes_ * static_cast<std::size_t>(bundle_) + source_tile_bytes_) *
                                              static_cast<std::size_t>(worker);
-    workspace<A> w;
+    workspace w;
     carve_workspace(own + source_tile_bytes_ + workspace_bytes_ * static_cast<std::size_t>(n), w);
-    w.tile = reinterpret_cast<A*>(own);  // one for all: used by one row tile at a time
+    w.tile = reinterpret_cast<P*>(own);  // one for all: used by one row tile at a time
     return w;
   }
 
@@ -186,7 +191,7 @@ class scheduler {
 
   /// How key tile i of a pair of the wave is read: the function tile_at(b, g, i, scratch).
   [[nodiscard]] auto tile_reader(index_t first_pair) const noexcept {
-    return [this, first_pair](index_t b, index_t g, index_t i, A* scratch) noexcept {
+    return [this, first_pair](index_t b, index_t g, index_t i, P* scratch) noexcept {
       if (!packs_) return kv_.tile(b, g, i, engine_.tokens_of(b, i), scratch);
       const index_t slot = b * problem_.shape.kv_heads + g - first_pair;
       return tiles_[slot * most_tiles_ + i - pair_tiles(b).begin];
@@ -196,7 +201,7 @@ class scheduler {
   /// One row tile of a bundle at work.
   struct member {
     row_tile rows;
-    workspace<A> w;
+    workspace w;
     raw_states<A> states;
   };
 
@@ -216,7 +221,7 @@ class scheduler {
 
   void load_queries(const bundle& item, index_t worker) const noexcept {
     for (index_t n = 0; n < bundle_; ++n) {
-      workspace<A> w = workspace_of(worker, n);
+      workspace w = workspace_of(worker, n);
       engine_.load_queries(row_tile_of(item, n), w);
     }
   }
@@ -230,7 +235,7 @@ class scheduler {
     std::size_t count = 0;
     for (index_t n = 0; n < bundle_; ++n) {
       const row_tile t = row_tile_of(item, n);
-      const workspace<A> w = workspace_of(worker, n);
+      const workspace w = workspace_of(worker, n);
       if (t.rows > 0) all[count++] = {t, w, states_of(n, w)};
     }
     const std::span<member> members = all.first(count);
@@ -276,9 +281,9 @@ class scheduler {
         const key_range split{begin, std::min(round_up(begin + 1, split_tiles), tiles.end)};
         const bool is_first = begin == tiles.begin;
         attend_split(item, split, tile_at, worker,
-                     [&](index_t, const workspace<A>& w) { return is_first ? w.total : w.current; });
+                     [&](index_t, const workspace& w) { return is_first ? w.total : w.current; });
         for (index_t n = 0; n < bundle_ && !is_first; ++n) {
-          const workspace<A> w = workspace_of(worker, n);
+          const workspace w = workspace_of(worker, n);
           engine_.merge(row_tile_of(item, n), w.total, w.current);
         }
         begin = split.end;
@@ -313,7 +318,7 @@ class scheduler {
       const key_range split = split_of(tiles_of(item), split_index);
       if (split.end <= split.begin) return;
       load_queries(item, worker);
-      attend_split(item, split, tile_at, worker, [&](index_t n, const workspace<A>&) {
+      attend_split(item, split, tile_at, worker, [&](index_t n, const workspace&) {
         return split_states((item.first_pair + n - first) * row_tiles_ + item.i, split_index);
       });
     });
@@ -331,9 +336,9 @@ class scheduler {
     });
   }
 
-  const problem<A>& problem_;
+  const problem<A, L>& problem_;
   const Source& kv_;
-  tile_engine<A, Source, Variant> engine_;
+  engine engine_;
   context& ctx_;
   index_t workers_;
 
@@ -351,9 +356,9 @@ class scheduler {
   std::size_t source_tile_bytes_ = 0;  // of a worker's tile for the source
   std::byte* workspaces_ = nullptr;
   member* members_ = nullptr;    // [workers, bundle]
-  A* packed_ = nullptr;          // [wave pairs, most tiles, slot elements]
+  P* packed_ = nullptr;          // [wave pairs, most tiles, slot elements]
   A* states_ = nullptr;          // [wave pairs * row tiles, most splits, state elements]
-  kv_tile<A>* tiles_ = nullptr;  // [wave pairs, most tiles]
+  kv_tile<P>* tiles_ = nullptr;  // [wave pairs, most tiles]
 };
 
 }  // namespace GQA_ISA

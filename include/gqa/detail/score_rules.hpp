@@ -3,12 +3,14 @@
 /// From products to base-2 scores: softcap, bias, ALiBi and a variant's own function.
 ///
 /// Plain attention needs none of it: scale and log2(e) are folded into the queries when they are loaded. Otherwise the
-/// queries carry the scale alone and each row of products takes the passes below.
+/// queries carry the scale alone and each row of products takes the passes below. Queries held in 16 bits stay as they
+/// are, for a factor would cost them a rounding: their products take it.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <numbers>
+#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/problem.hpp>
@@ -33,19 +35,25 @@ template <class T>
   return view.data() + b * view.stride(0) + h * view.stride(1) + row.query * view.stride(2);
 }
 
-template <class A, class Variant>
+template <class A, class L, class Variant>
 class score_rules {
  public:
-  score_rules(const problem<A>& p, const Variant& variant) noexcept
+  score_rules(const problem<A, L>& p, const Variant& variant) noexcept
       : options_(p.options),
         variant_(variant),
         plain_(!scores<Variant, A> && options_.softcap == 0 && !options_.bias && options_.alibi_slopes.empty()),
-        query_factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
+        factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
 
   [[nodiscard]] bool is_plain() const noexcept { return plain_; }
   /// Whether a score of -inf may be meant to hide its key.
   [[nodiscard]] bool may_hide() const noexcept { return scores<Variant, A> || options_.bias; }
-  [[nodiscard]] double query_factor() const noexcept { return query_factor_; }
+  /// What queries are multiplied by, and what their products are. (0 times any product that is not NaN is 0, even of
+  /// products that overflow.)
+  [[nodiscard]] double query_factor() const noexcept {
+    if (std::is_same_v<A, L>) return factor_;
+    return factor_ == 0 ? 0 : 1;
+  }
+  [[nodiscard]] A score_factor() const noexcept { return std::is_same_v<A, L> ? A{1} : static_cast<A>(factor_); }
 
   /// Columns [begin, end) of a row's 64 products with the keys from first_key on. Bits: the columns that are visible;
   /// hidden ones within the range may come out as anything.
@@ -84,7 +92,7 @@ class score_rules {
   const attention_options& options_;
   const Variant& variant_;
   bool plain_;
-  double query_factor_;
+  double factor_;
 };
 
 }  // namespace GQA_ISA

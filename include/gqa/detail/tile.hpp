@@ -2,15 +2,21 @@
 /// \file
 /// The tile: 64 keys and values of one KV head in the order the micro-kernel reads them.
 ///
-/// A panel is 16 consecutive tokens: keys as [D][16], values as [E/64][16][64] (column blocks of 64, the last one
-/// narrower, E rounded up to 16 with zeros). Both products then stream a panel from front to back: step d of q.k reads
-/// the 16 tokens' d-th elements, step t of p.v reads one token's next 64 value columns. A tile is four panels, each
-/// anywhere in memory, so that pages of any multiple of 16 tokens can hold them. Tokens past the end are zeros.
+/// A panel is 16 consecutive tokens: keys as [D/p][16][p], values as [E/64][16/p][64][p] (column blocks of 64, the last
+/// one narrower, E rounded up to 16 with zeros). p neighbours of the depth lie together, so that one 32-bit lane feeds
+/// a hardware dot product: 2 for bfloat16, 1 for what is multiplied one by one. Both products then stream a panel from
+/// front to back: a step of q.k reads the 16 tokens' next p elements, a step of p.v reads p tokens' next 64 value
+/// columns. A tile is four panels, each anywhere in memory, so that pages of any multiple of 16 tokens can hold them.
+/// Tokens past the end are zeros, as are the elements that fill the last p of D.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+
+#include <Eigen/Core>
 
 #include <gqa/config.hpp>
 
@@ -38,22 +44,54 @@ inline constexpr index_t split_tiles = split_tokens / tile_tokens;
   return round_up(value_dim, panel_tokens);
 }
 
+/// Neighbours of the depth that lie together in a panel of P.
+template <class P>
+inline constexpr index_t lane_elements = std::is_same_v<P, Eigen::bfloat16> ? 2 : 1;
+
+/// Elements of a panel's keys and of its values.
+template <class P>
+[[nodiscard]] constexpr index_t key_panel_elements(index_t head_dim) noexcept {
+  return panel_tokens * round_up(head_dim, lane_elements<P>);
+}
+[[nodiscard]] constexpr index_t value_panel_elements(index_t value_dim) noexcept {
+  return panel_tokens * padded_value_dim(value_dim);
+}
+template <class P>
+[[nodiscard]] constexpr index_t tile_elements(index_t head_dim, index_t value_dim) noexcept {
+  return tile_panels * (key_panel_elements<P>(head_dim) + value_panel_elements(value_dim));
+}
+
+/// Where element d of a panel's token t lies among its keys, and element e among its values.
+template <class P>
+[[nodiscard]] constexpr index_t key_index(index_t t, index_t d) noexcept {
+  constexpr index_t p = lane_elements<P>;
+  return (d / p * panel_tokens + t) * p + d % p;
+}
+template <class P>
+[[nodiscard]] constexpr index_t value_index(index_t t, index_t e, index_t value_dim) noexcept {
+  constexpr index_t p = lane_elements<P>;
+  const index_t block = e / value_block * value_block;
+  const index_t columns = std::min(value_block, padded_value_dim(value_dim) - block);
+  return block * panel_tokens + (t / p * columns + e - block) * p + t % p;
+}
+
 /// One tile's panels.
-template <class A>
+template <class P>
 struct kv_tile {
-  std::array<const A*, tile_panels> k{};  // each [D][16]
-  std::array<const A*, tile_panels> v{};  // each [E/64][16][64]
-  std::uint32_t nonfinite_values = 0;     // bit i: panel i holds a value that is NaN or infinite
+  std::array<const P*, tile_panels> k{};
+  std::array<const P*, tile_panels> v{};
+  std::uint32_t nonfinite_values = 0;  // bit i: panel i holds a value that is NaN or infinite
 };
 
-/// Four panels side by side, keys first: what packing a tile fills.
-template <class A>
-[[nodiscard]] kv_tile<A> contiguous_tile(const A* k, const A* v, index_t head_dim, index_t value_dim,
+/// Four panels side by side, keys first: how caches store a tile and packing fills one.
+template <class P>
+[[nodiscard]] kv_tile<P> contiguous_tile(const P* memory, index_t head_dim, index_t value_dim,
                                          std::uint32_t nonfinite_values) noexcept {
-  kv_tile<A> tile;
+  const index_t keys = key_panel_elements<P>(head_dim), values = value_panel_elements(value_dim);
+  kv_tile<P> tile;
   for (index_t panel = 0; panel < tile_panels; ++panel) {
-    tile.k[static_cast<std::size_t>(panel)] = k + panel * panel_tokens * head_dim;
-    tile.v[static_cast<std::size_t>(panel)] = v + panel * panel_tokens * padded_value_dim(value_dim);
+    tile.k[static_cast<std::size_t>(panel)] = memory + panel * keys;
+    tile.v[static_cast<std::size_t>(panel)] = memory + tile_panels * keys + panel * values;
   }
   tile.nonfinite_values = nonfinite_values;
   return tile;

@@ -17,6 +17,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/online_softmax.hpp>
@@ -42,18 +43,21 @@ struct row_tile {
 };
 
 /// Scratch of one worker, carved from one piece of memory.
-template <class A>
+template <class P, class L>
 struct workspace {
-  A* q;                    // [rows, q_stride]
-  A* s;                    // [rows, 64]
+  using A = accumulator_t<P>;
+  L* q;                    // [rows, q_stride]
+  A* s;                    // [rows, 64], scores
+  L* p;                    // [rows, 64], weights; in the place of the scores where they have one type
   A* lanes;                // [rows, packet_size]
   A* alpha;                // [rows]
   raw_states<A> current;   // of the split at work
   raw_states<A> total;     // of the splits before it
   std::uint64_t* visible;  // [rows], a bit a key of the tile at work
   A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where it is read in place
-  bool in_place = false;   // whether it is
-  A* tile = nullptr;       // of the source
+  P* seen_values;          // values of one tile without those that a row may not see
+  bool in_place = false;   // whether the tile at work is read in place
+  P* tile = nullptr;       // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
   static std::size_t carve(std::byte* memory, index_t rows, index_t q_stride, index_t out_stride,
@@ -70,27 +74,38 @@ struct workspace {
     };
     take(w.q, rows * q_stride);
     take(w.s, rows * tile_tokens);
+    if constexpr (std::is_same_v<A, L>) {
+      w.p = w.s;
+    } else {
+      take(w.p, rows * tile_tokens);
+    }
     take(w.lanes, rows * packet_size<A>);
     take(w.alpha, rows);
     take(w.visible, rows);
     take_states(w.current);
     take_states(w.total);
     take(w.tile_sums, std::min<index_t>(rows, block_rows) * out_stride);
+    take(w.seen_values, tile_tokens * out_stride);
     return used;
   }
 };
 
-template <class A, class Source, class Variant>
+/// Panels of the source's P, queries and weights in L, everything else in A.
+template <class Source, class Variant, class L>
 class tile_engine {
  public:
-  tile_engine(const problem<A>& p, const Source& kv, const Variant& variant) noexcept
+  using P = typename Source::panel_element;
+  using A = accumulator_t<P>;
+  using workspace = detail::workspace<P, L>;
+
+  tile_engine(const problem<A, L>& p, const Source& kv, const Variant& variant) noexcept
       : problem_(p),
         kv_(kv),
         variant_(variant),
         rules_(p, variant),
         interval_(p.interval()),
         reads_rows_(has_rows && rules_.is_plain() && !p.options.mask && !hides_positions<Variant> &&
-                    !hides_blocks<Variant> && row_kernel_takes<A>(p.shape.head_dim, p.shape.value_dim)) {}
+                    !hides_blocks<Variant> && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -120,16 +135,18 @@ class tile_engine {
     return std::min(tile_tokens, length(b) - tile * tile_tokens);
   }
 
-  void load_queries(const row_tile& t, workspace<A>& w) const noexcept {
+  void load_queries(const row_tile& t, workspace& w) const noexcept {
+    const index_t dim = problem_.shape.head_dim;
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
-      problem_.q.load(row.batch, row.query, row.q_head, problem_.shape.head_dim, rules_.query_factor(),
-                      w.q + r * q_stride());
+      L* const to = w.q + r * q_stride();
+      problem_.q.load(row.batch, row.query, row.q_head, dim, rules_.query_factor(), to);
+      std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     }
   }
 
   /// Starts a split: rows that have seen nothing.
-  void begin_split(const row_tile& t, workspace<A>& w, const raw_states<A>& states) const noexcept {
+  void begin_split(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     clear(t, states);
     std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
   }
@@ -137,7 +154,7 @@ class tile_engine {
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed. Where few rows see all
   /// of it, this is left to the three steps below, and w.in_place says so.
   template <class TileAt>
-  void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace<A>& w, const raw_states<A>& states) const {
+  void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace& w, const raw_states<A>& states) const {
     const visibility seen = find_visible(t, i, w.visible);
     // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN. What decides is the call's
     // shape and options; the contents of a mask would let one head's mask choose another's kernel, and so its bits.
@@ -146,7 +163,7 @@ class tile_engine {
   }
 
   /// In place, first: the scores of group `n` of key tile i.
-  void score_group(const row_tile& t, index_t i, index_t n, workspace<A>& w) const noexcept {
+  void score_group(const row_tile& t, index_t i, index_t n, workspace& w) const noexcept {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](rows, w.q, q_stride(), problem_.shape.head_dim,
@@ -154,24 +171,26 @@ class tile_engine {
     }
   }
   /// In place, once all groups are scored: their weights.
-  void weigh_groups(const row_tile& t, workspace<A>& w, const raw_states<A>& states) const noexcept {
-    for (index_t r = 0; r < t.rows; ++r)
-      w.alpha[r] = softmax_step(w.s + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
+  void weigh_groups(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
+    for (index_t r = 0; r < t.rows; ++r) {
+      A* const s = w.s + r * tile_tokens;
+      if constexpr (!std::is_same_v<A, L>) multiply(s, tile_tokens, rules_.score_factor());
+      w.alpha[r] = softmax_step(s, w.p + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
+    }
     std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
   }
   /// In place, last: the values of group `n` of key tile i.
-  void apply_group(const row_tile& t, index_t i, index_t n, workspace<A>& w,
-                   const raw_states<A>& states) const noexcept {
+  void apply_group(const row_tile& t, index_t i, index_t n, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
-      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](rows, w.s + n * group_tokens, w.tile_sums,
+      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](rows, w.p + n * group_tokens, w.tile_sums,
                                                                         out_stride(), problem_.shape.value_dim);
       if (n + 1 == tile_tokens / group_tokens) add_tile_sums(w.tile_sums, w.alpha, states.out, t.rows, out_stride());
     }
   }
 
   /// Ends a split: adds up the lanes of the sums.
-  void end_split(const row_tile& t, const workspace<A>& w, const raw_states<A>& states) const noexcept {
+  void end_split(const row_tile& t, const workspace& w, const raw_states<A>& states) const noexcept {
     for (index_t r = 0; r < t.rows; ++r) states.sum[r] = sum_lanes(w.lanes + r * packet_size<A>);
   }
 
@@ -203,8 +222,11 @@ class tile_engine {
   static constexpr bool has_rows = requires(const Source& kv) { kv.rows(index_t{}, index_t{}, index_t{}); };
 
   template <class K, class V>
-  [[nodiscard]] static constexpr row_kernels<A, K, V> row_kernels_of(const kv_rows<K, V>&) noexcept {
+  [[nodiscard]] static constexpr row_kernels<A, L, K, V> row_kernels_of(const kv_rows<K, V>&) noexcept {
     return {};
+  }
+  [[nodiscard]] static constexpr bool takes_rows(const call_shape& shape) noexcept {
+    return row_kernel_takes<A, typename Source::element, L>(shape.head_dim, shape.value_dim);
   }
 
   [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
@@ -274,7 +296,7 @@ class tile_engine {
   }
 
   /// One key tile: scores and weights of all row blocks while K is hot, then their outputs while V is.
-  void attend_tile(const row_tile& t, index_t i, const kv_tile<A>& tile, workspace<A>& w,
+  void attend_tile(const row_tile& t, index_t i, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const {
     const index_t blocks = ceil_div(t.rows, block_rows);
     const auto first_row = [&](index_t block) { return block * t.rows / blocks; };  // blocks of even size
@@ -284,8 +306,8 @@ class tile_engine {
       apply_block(first_row(block), first_row(block + 1), tile, w, states);
   }
 
-  [[nodiscard]] block_operands<A> operands_of(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
-                                              const raw_states<A>& states) const noexcept {
+  [[nodiscard]] block_operands<P, L> operands_of(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
+                                                 const raw_states<A>& states) const noexcept {
     std::uint64_t any = 0;
     for (index_t r = row; r < row_end; ++r) any |= w.visible[r];
     const index_t begin = any == 0 ? 0 : std::countr_zero(any) / panel_tokens;
@@ -295,6 +317,8 @@ class tile_engine {
             q_stride(),
             problem_.shape.head_dim,
             w.s + row * tile_tokens,
+            rules_.score_factor(),
+            w.p + row * tile_tokens,
             states.out + row * out_stride(),
             out_stride(),
             w.alpha + row,
@@ -304,15 +328,16 @@ class tile_engine {
   }
 
   /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
-  void weigh_block(const row_tile& t, index_t row, index_t row_end, index_t i, const kv_tile<A>& tile, workspace<A>& w,
+  void weigh_block(const row_tile& t, index_t row, index_t row_end, index_t i, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const {
-    const block_operands<A> op = operands_of(row, row_end, tile, w, states);
+    const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
-    row_block_kernels<A>::scores[static_cast<std::size_t>(row_end - row - 1)](op);
+    row_block_kernels<P, L>::scores[static_cast<std::size_t>(row_end - row - 1)](op);
     for (index_t r = row; r < row_end; ++r) {
       A* const s = w.s + r * tile_tokens;
+      L* const p = w.p + r * tile_tokens;
       if (w.visible[r] == 0) {  // the state stays as it is
-        std::fill_n(s, tile_tokens, A{0});
+        std::fill_n(p, tile_tokens, L(0));
         w.alpha[r] = A{1};
         continue;
       }
@@ -321,8 +346,12 @@ class tile_engine {
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
-      w.alpha[r] = softmax_step(s, states.max[r], w.lanes + r * packet_size<A>);
+      w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
     }
+  }
+
+  static void multiply(A* s, index_t count, A factor) noexcept {
+    for (index_t c = 0; c < count; c += packet_size<A>) store(s + c, mul<A>(load(s + c), broadcast(factor)));
   }
 
   static void hide(A* s, std::uint64_t visible) noexcept {
@@ -338,40 +367,43 @@ class tile_engine {
   }
 
   /// O = alpha O + P V of rows [row, row_end).
-  void apply_block(index_t row, index_t row_end, const kv_tile<A>& tile, workspace<A>& w,
+  void apply_block(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const noexcept {
-    const block_operands<A> op = operands_of(row, row_end, tile, w, states);
+    const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
     const bool all_see_all =
         std::all_of(w.visible + row, w.visible + row_end, [](std::uint64_t bits) { return bits == all_keys; });
     if (tile.nonfinite_values != 0 && !all_see_all) {
-      // 0 times NaN is NaN: leave hidden values out one by one. Same sums in the same order, so the same bits.
       for (index_t r = row; r < row_end; ++r) apply_visible_only(r, tile, w, states);
       return;
     }
-    row_block_kernels<A>::values[static_cast<std::size_t>(row_end - row - 1)](op);
+    row_block_kernels<P, L>::values[static_cast<std::size_t>(row_end - row - 1)](op);
   }
 
-  void apply_visible_only(index_t r, const kv_tile<A>& tile, const workspace<A>& w,
-                          const raw_states<A>& states) const noexcept {
-    A* const out = states.out + r * out_stride();
-    const A* const p = w.s + r * tile_tokens;
-    for (index_t e = 0; e < out_stride(); ++e) {
-      const index_t block = e / value_block * value_block, columns = std::min(value_block, out_stride() - block);
-      A sum{0};
-      for (std::uint64_t left = w.visible[r]; left != 0; left &= left - 1) {
-        const index_t c = std::countr_zero(left);
-        const A* const panel = tile.v[static_cast<std::size_t>(c / panel_tokens)];
-        sum = scalar_madd(p[c], panel[block * panel_tokens + c % panel_tokens * columns + e - block], sum);
+  /// 0 times NaN is NaN: a row meets zeros in the place of values that it may not see. Same sums, so the same bits.
+  void apply_visible_only(index_t r, const kv_tile<P>& tile, workspace& w, const raw_states<A>& states) const noexcept {
+    const index_t panel_elements = value_panel_elements(problem_.shape.value_dim);
+    kv_tile<P> seen = tile;
+    for (index_t panel = 0; panel < tile_panels; ++panel) {
+      const std::uint64_t bits = w.visible[r] >> panel * panel_tokens & 0xffff;
+      if (bits == 0) continue;
+      const P* const from = tile.v[static_cast<std::size_t>(panel)];
+      P* const to = w.seen_values + panel * panel_elements;
+      for (index_t e = 0; e < problem_.shape.value_dim; ++e) {
+        for (index_t t = 0; t < panel_tokens; ++t) {
+          const index_t at = value_index<P>(t, e, problem_.shape.value_dim);
+          to[at] = (bits >> t & 1) != 0 ? from[at] : P(0);
+        }
       }
-      out[e] = scalar_madd(out[e], w.alpha[r], sum);
+      seen.v[static_cast<std::size_t>(panel)] = to;
     }
+    row_block_kernels<P, L>::values[0](operands_of(r, r + 1, seen, w, states));
   }
 
-  const problem<A>& problem_;
+  const problem<A, L>& problem_;
   const Source& kv_;
   const Variant& variant_;
-  score_rules<A, Variant> rules_;
+  score_rules<A, L, Variant> rules_;
   interval_rule interval_;
   bool reads_rows_;
 };

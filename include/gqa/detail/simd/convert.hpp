@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// Loads of stored elements as packets of accumulators. Widening is exact for every type.
+/// Stored elements as packets of accumulators and back. Widening is exact for every type; narrowing rounds to nearest
+/// even and keeps denormal numbers.
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/tile.hpp>
 
 GQA_BEGIN_PACKET_CODE
 
@@ -52,6 +56,77 @@ template <class A, class T>
     alignas(64) A lanes[width];
     for (int i = 0; i < width; ++i) lanes[i] = static_cast<A>(from[i]);
     return load(lanes);
+  }
+}
+
+/// A packet as elements of T in memory, rounded to nearest even. Generic: lane by lane.
+template <class A, class T>
+inline void store_as(T* to, const packet<A>& x) noexcept {
+  if constexpr (std::is_same_v<A, T>) {
+    store(to, x);
+  } else {
+    constexpr int width = packet_size<A>;
+#if defined(EIGEN_VECTORIZE_AVX512)
+    if constexpr (std::is_same_v<T, Eigen::half> && width == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+      return;
+    }
+#endif
+    alignas(64) A lanes[width];
+    store(lanes, x);
+    for (int i = 0; i < width; ++i) to[i] = static_cast<T>(lanes[i]);
+  }
+}
+
+/// The bits of a packet of floats, a word a lane.
+typedef std::uint32_t packet_words __attribute__((vector_size(sizeof(packet<float>))));
+
+[[nodiscard]] GQA_INLINE packet_words words_of(const packet<float>& x) noexcept {
+  return std::bit_cast<packet_words>(x);
+}
+[[nodiscard]] GQA_INLINE packet<float> packet_of(const packet_words& x) noexcept {
+  return std::bit_cast<packet<float>>(x);
+}
+
+/// packet_size<float> pairs of bfloat16, a pair a lane; and the first or the second of each pair as a float.
+[[nodiscard]] GQA_INLINE packet_words load_pairs(const Eigen::bfloat16* from) noexcept {
+  packet_words pairs;
+  std::memcpy(&pairs, static_cast<const void*>(from), sizeof(pairs));
+  return pairs;
+}
+[[nodiscard]] GQA_INLINE packet<float> first_of_pairs(const packet_words& pairs) noexcept {
+  return packet_of(pairs << 16);
+}
+[[nodiscard]] GQA_INLINE packet<float> second_of_pairs(const packet_words& pairs) noexcept {
+  return packet_of(pairs & 0xffff0000u);
+}
+
+/// x rounded to what T holds, still as A.
+template <class T, class A>
+[[nodiscard]] inline packet<A> rounded_to(const packet<A>& x) noexcept {
+  if constexpr (std::is_same_v<T, A>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
+    const packet_words words = words_of(x);
+    const packet_words rounded = words + 0x7fffu + (words >> 16 & 1u);
+    const packet_words quiet = words | 0x400000u;  // a NaN: the addition could carry it into infinity or past it
+    const auto is_nan = std::bit_cast<packet_words>((words & 0x7fffffffu) > 0x7f800000u);
+    return packet_of(((rounded & ~is_nan) | (quiet & is_nan)) & 0xffff0000u);
+  } else {
+    alignas(64) T narrow[packet_size<A>];
+    store_as<A>(narrow, x);
+    return load_as<A>(narrow);
+  }
+}
+
+/// A row of lanes of a panel of P: lane i holds lane i of each part, which P holds exactly.
+template <class P, class A>
+inline void store_lanes(P* to, const packet<A> (&parts)[lane_elements<P>]) noexcept {
+  if constexpr (lane_elements<P> == 1) {
+    store_as<A>(to, parts[0]);
+  } else {
+    const packet_words pairs = (words_of(parts[0]) >> 16) | words_of(parts[1]);
+    std::memcpy(static_cast<void*>(to), &pairs, sizeof(pairs));
   }
 }
 
