@@ -29,12 +29,15 @@ TEST(Exp2, IsExactWhereItMustBe) {
   EXPECT_EQ(exp2_nonpositive_scalar(0.0f), 1.0f);
   EXPECT_EQ(exp2_nonpositive_scalar(-0.0f), 1.0f);
   EXPECT_EQ(exp2_nonpositive_scalar(0.0), 1.0);
-  for (const float x : {-inf<float>, -1e30f, -1e5f, -200.0f, -127.0f}) {
+  for (const float x : {-inf<float>, -1e30f, -1e5f, -200.0f}) {
     EXPECT_EQ(std::bit_cast<std::uint32_t>(exp2_nonpositive_scalar(x)), 0u) << x;
   }
-  for (const double x : {-inf<double>, -1e300, -1e5, -1023.0}) {
+  for (const double x : {-inf<double>, -1e300, -1e5, -1100.0}) {
     EXPECT_EQ(std::bit_cast<std::uint64_t>(exp2_nonpositive_scalar(x)), 0u) << x;
   }
+  // Below the normal numbers: the number itself or 0.
+  EXPECT_LE(exp2_nonpositive_scalar(-127.0f), 0x1p-127f);
+  EXPECT_LE(exp2_nonpositive_scalar(-1023.0), 0x1p-1023);
   for (int n = 1; n <= 125; ++n) EXPECT_EQ(exp2_nonpositive_scalar(-static_cast<float>(n)), std::ldexp(1.0f, -n));
   for (int n = 1; n <= 1021; ++n) EXPECT_EQ(exp2_nonpositive_scalar(-static_cast<double>(n)), std::ldexp(1.0, -n));
 }
@@ -57,6 +60,30 @@ TEST(Exp2, OfFloatsIsWithinOneUlpOverTheWholeRange) {
     worst = larger(worst, ulps(std::bit_cast<float>(bits)));
   EXPECT_LE(worst, 1.0);
   RecordProperty("worst_ulp", std::to_string(worst));
+}
+
+// What is rounded to bfloat16 next: the polynomial's error alone, and 1 still exactly.
+TEST(Exp2, ForBfloat16IsWithinItsPolynomial) {
+  const auto exp2_for_bfloat16 = [](float x) {
+    return detail::first_lane<float>(detail::exp2_nonpositive<float, Eigen::bfloat16>(detail::broadcast(x)));
+  };
+  EXPECT_EQ(exp2_for_bfloat16(0.0f), 1.0f);
+  EXPECT_EQ(std::bit_cast<std::uint32_t>(exp2_for_bfloat16(-inf<float>)), 0u);
+  EXPECT_TRUE(std::isnan(exp2_for_bfloat16(std::numeric_limits<float>::quiet_NaN())));
+  double worst = 0;
+  const auto last = std::bit_cast<std::uint32_t>(-125.5f);
+  for (auto bits = std::bit_cast<std::uint32_t>(-0.0f); bits <= last; bits += 601) {
+    const auto x = std::bit_cast<float>(bits);
+    worst = larger(worst, std::abs(static_cast<double>(exp2_for_bfloat16(x)) / std::exp2(static_cast<double>(x)) - 1));
+  }
+  EXPECT_LE(worst, 7.1e-6);
+}
+
+// Scores stay up to 2^8 above the maximum they are weighed by.
+TEST(Exp2, IsAsGoodUpToTheRescaleSlack) {
+  double worst = 0;
+  for (float x = 0; x <= 8; x += 0x1p-12f) worst = larger(worst, ulps(x));
+  EXPECT_LE(worst, 1.0);
 }
 
 // The last results, below the smallest normal number, are off by at most that number.

@@ -9,7 +9,9 @@
 ///
 /// Shapes: q [B, S, H, D], k [B, T, G, D], v [B, T, G, E], out [B, S, H, E]. Last axes contiguous, other strides free.
 /// Types: k and v float, double, Eigen::half or Eigen::bfloat16; q the type of k, or float over 16-bit keys; out float,
-/// double or the type of q. Scores, sums and outputs are computed in float (double over double) and rounded once.
+/// double or the type of q. Scores, sums and outputs are computed in float (double over double) and rounded once;
+/// bfloat16 queries and the weights they give meet bfloat16 keys and values as pairs where the hardware multiplies
+/// those.
 ///
 /// Cost: 2 (D + E) operations a visible pair; K and V are read once per group of heads and 96 query rows, never
 /// repeated. Scratch, in the context: a few hundred KB a thread and, in prefill, packed keys and values, 64 MiB at most

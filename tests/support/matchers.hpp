@@ -53,7 +53,7 @@ double storing_error(double x) {
 // The share of m, and of a log-sum-exp, that rounded weights of keys in K may cost.
 template <class Q, class K>
 double weight_rounding(const attention_options& options) {
-  return detail::has_dot<K> && !options.float_products.value_or(std::is_same_v<Q, float>) ? 0x1p-8 : 0;
+  return detail::has_dot<K> && !options.float_products.value_or(std::is_same_v<Q, float>) ? 0x1p-8 + 0x1p-17 : 0;
 }
 
 // What a call may be off by, from the largest score and value that it sees.

@@ -3,9 +3,10 @@
 /// The softmax of a row, one tile of 64 scores at a time (Milakov and Gimelshein 2018; Dao et al. 2022), and the
 /// algebra of its raw states.
 ///
-/// A raw state is (max, sum, out): the running maximum m of the base-2 scores s, sum of 2^(s - m), and sum of
-/// 2^(s - m) v, not normalised. It is empty at m = -inf with sum = 0 and out = 0. Steps and merges rescale by the row's
-/// own maxima only, so a row's bits do not depend on its neighbours.
+/// A raw state is (max, sum, out): a maximum m of the base-2 scores s, sum of 2^(s - m), and sum of 2^(s - m) v, not
+/// normalised. It is empty at m = -inf with sum = 0 and out = 0. Steps and merges rescale by the row's own maxima only,
+/// so a row's bits do not depend on its neighbours. m follows the running maximum at a distance: it rises once a score
+/// is 2^8 times above it (as in FlashAttention-4), for any m serves as long as sums stay in range.
 #pragma once
 
 #include <bit>
@@ -27,6 +28,12 @@ inline namespace GQA_ISA {
 template <class A>
 inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
+/// How far scores may rise above m, in powers of two. The running maximum of random scores rises in one tile out of
+/// five of a split, which no branch predictor foresees; 2^8 above it, hardly ever after the first tile. Weights of up
+/// to 256 lose nothing: sums are floating-point.
+template <class A>
+inline constexpr A rescale_slack = A{8};
+
 /// Raw states of the rows of a tile of rows: max [R], sum [R], out [R, padded E].
 template <class A>
 struct raw_states {
@@ -36,26 +43,26 @@ struct raw_states {
 };
 
 /// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m), rounded to L; s and weights may be
-/// the same memory. Updates the row's maximum and the sum of its weights as rounded, kept in lanes; returns the factor
+/// the same memory. Updates the row's m and the sum of its weights as rounded, kept in lanes; returns the factor
 /// alpha <= 1 on everything summed so far.
 template <class A, class L>
-[[nodiscard]] A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
-                             A* lanes /* [packet_size] */) noexcept {
+[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
+                                        A* lanes /* [packet_size] */) noexcept {
   constexpr int width = packet_size<A>;
   constexpr int vectors = static_cast<int>(tile_tokens) / width;
   packet<A> top = load(s);
   for (int v = 1; v < vectors; ++v) top = max_or_nan(top, load(s + v * width));
   A alpha{1};
-  if (any_less<A>(broadcast(max), top)) {
+  if (any_less<A>(broadcast(max + rescale_slack<A>), top)) {
     const A raised = max_lane<A>(top);
-    if (raised > max) {  // not so if a lane is NaN: the weights will carry it
+    if (raised > max + rescale_slack<A>) {  // not so if a lane is NaN: the weights will carry it
       alpha = exp2_nonpositive_scalar(max - raised);
       max = raised;
     }
   }
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
-  const auto weight = [&](int v) { return exp2_nonpositive<A>(sub(load(s + v * width), shift)); };
+  const auto weight = [&](int v) { return exp2_nonpositive<A, L>(sub(load(s + v * width), shift)); };
   packet<A> sum = zeros<A>();
   if constexpr (std::is_same_v<A, L>) {
     for (int v = 0; v < vectors; ++v) {
@@ -68,6 +75,13 @@ template <class A, class L>
   }
   store(lanes, madd(load(lanes), broadcast(alpha), sum));
   return alpha;
+}
+
+/// The same for several rows, which keep the constants of the exponential in registers.
+template <class A, class L>
+void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* lanes, A* alpha) noexcept {
+  for (index_t r = 0; r < rows; ++r)
+    alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r], lanes + r * packet_size<A>);
 }
 
 /// The sum of a row's lanes, as a tree: the one horizontal sum, at the end of a split.

@@ -12,6 +12,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/options.hpp>
@@ -26,6 +27,7 @@ struct query_rows {
   const void* data = nullptr;
   std::array<index_t, 3> strides{};
   void (*load_row)(const void*, index_t offset, index_t dim, double factor, L* to) noexcept = nullptr;
+  index_t element_size = 0;
 
   template <class Q>
   static query_rows of(const tensor_view<const Q, 4>& q) noexcept {
@@ -33,13 +35,24 @@ struct query_rows {
             {q.stride(0), q.stride(1), q.stride(2)},
             [](const void* base, index_t offset, index_t dim, double factor, L* to) noexcept {
               const Q* const row = static_cast<const Q*>(base) + offset;
-              for (index_t d = 0; d < dim; ++d)
+              index_t d = 0;
+              for (; d + packet_size<A> <= dim; d += packet_size<A>) {
+                const packet<A> x = load_as<A>(row + d);
+                store_as<A>(to + d, factor == 1 ? x : scaled<A>(x, factor));
+              }
+              for (; d < dim; ++d)
                 to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
-            }};
+            },
+            index_t{sizeof(Q)}};
   }
 
   void load(index_t b, index_t s, index_t h, index_t dim, double factor, L* to) const noexcept {
     load_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, factor, to);
+  }
+  /// Asks for a row that is loaded soon.
+  void fetch(index_t b, index_t s, index_t h, index_t dim) const noexcept {
+    const index_t offset = b * strides[0] + s * strides[1] + h * strides[2];
+    for (index_t byte = 0; byte < dim * element_size; byte += 64) prefetch(data, offset * element_size + byte);
   }
 };
 
@@ -60,10 +73,14 @@ struct output_rows {
     rows.strides = {out.stride(0), out.stride(1), out.stride(2)};
     rows.store_row = [](void* base, index_t offset, index_t dim, const A* from, A scale, A sum) noexcept {
       Out* const row = static_cast<Out*>(base) + offset;
-      for (index_t e = 0; e < dim; ++e) {
-        const A quotient = scalar_mul(from[e], scale) / sum;
-        row[e] = sum == A{0} ? Out(0) : stored<Out>(quotient);
+      if (sum == A{0}) {
+        std::fill_n(row, dim, Out(0));
+        return;
       }
+      index_t e = 0;
+      for (; e + packet_size<A> <= dim; e += packet_size<A>)
+        store_result<Out, A>(row + e, div(mul<A>(load(from + e), broadcast(scale)), broadcast(sum)));
+      for (; e < dim; ++e) row[e] = stored<Out>(scalar_mul(from[e], scale) / sum);
     };
     return rows;
   }

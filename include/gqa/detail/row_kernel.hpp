@@ -161,16 +161,6 @@ void value_rows(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sums_strid
     value_row_columns<Rows, block_vectors>(kv, p, sums, sums_stride, column);
 }
 
-/// O [Rows, E] = alpha O + the sums of a tile, once all of its groups are in.
-template <class A>
-void add_tile_sums(const A* sums, const A* alpha, A* out, index_t rows, index_t stride) noexcept {
-  for (index_t r = 0; r < rows; ++r) {
-    const packet<A> scale = broadcast(alpha[r]);
-    for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
-      store(out + e, madd(load(out + e), scale, load(sums + e)));
-  }
-}
-
 /// The two products for each number of rows in a block.
 template <class A, class L, class K, class V>
 struct row_kernels {

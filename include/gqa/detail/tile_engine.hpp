@@ -36,6 +36,9 @@ inline namespace GQA_ISA {
 /// 172 KB) stay in L2 beside a tile of K and V.
 inline constexpr index_t row_tile_rows = 96;
 
+/// Queries are asked for this many rows before they are loaded: a row is too short for hardware prefetchers to follow.
+inline constexpr index_t rows_ahead = 8;
+
 /// Some rows of a (sequence, KV head).
 struct row_tile {
   index_t b, g;
@@ -57,6 +60,8 @@ struct workspace {
   A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where it is read in place
   P* seen_values;          // values of one tile without those that a row may not see
   bool in_place = false;   // whether the tile at work is read in place
+  bool all_seen = false;   // whether every row sees all of it
+  key_range whole;         // tiles that every row sees all of, as far as the interval rules go
   P* tile = nullptr;       // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
@@ -140,6 +145,8 @@ class tile_engine {
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
       L* const to = w.q + r * q_stride();
+      const row_index later = index_of(t, std::min(r + rows_ahead, t.rows - 1));
+      problem_.q.fetch(later.batch, later.query, later.q_head, dim);
       problem_.q.load(row.batch, row.query, row.q_head, dim, rules_.query_factor(), to);
       std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     }
@@ -149,16 +156,18 @@ class tile_engine {
   void begin_split(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     clear(t, states);
     std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
+    w.whole = whole_tiles(t);
   }
 
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed. Where few rows see all
   /// of it, this is left to the three steps below, and w.in_place says so.
   template <class TileAt>
   void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace& w, const raw_states<A>& states) const {
-    const visibility seen = find_visible(t, i, w.visible);
+    const visibility seen = find_visible(t, i, w);
     // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN. What decides is the call's
     // shape and options; the contents of a mask would let one head's mask choose another's kernel, and so its bits.
     w.in_place = reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
+    w.all_seen = seen == visibility::all;
     if (seen != visibility::none && !w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
   }
 
@@ -172,11 +181,8 @@ class tile_engine {
   }
   /// In place, once all groups are scored: their weights.
   void weigh_groups(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
-    for (index_t r = 0; r < t.rows; ++r) {
-      A* const s = w.s + r * tile_tokens;
-      if constexpr (!std::is_same_v<A, L>) multiply(s, tile_tokens, rules_.score_factor());
-      w.alpha[r] = softmax_step(s, w.p + r * tile_tokens, states.max[r], w.lanes + r * packet_size<A>);
-    }
+    if constexpr (!std::is_same_v<A, L>) multiply(w.s, t.rows * tile_tokens, rules_.score_factor());
+    softmax_steps(t.rows, w.s, w.p, states.max, w.lanes, w.alpha);
     std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
   }
   /// In place, last: the values of group `n` of key tile i.
@@ -234,27 +240,39 @@ class tile_engine {
     return {t.b, s, problem_.first_head(t.g) + (t.first + r) % group, problem_.query_offset(t.b, length(t.b)) + s};
   }
 
-  /// Fills the bits of each row for key tile i, and says whether none or all of its 64 keys are seen by every row.
-  [[nodiscard]] visibility find_visible(const row_tile& t, index_t i, std::uint64_t* visible) const {
-    const index_t keys = length(t.b), first_key = i * tile_tokens, group = problem_.group_size(t.g);
-    const index_t first_query = problem_.query_offset(t.b, keys) + t.first / group;
-    const index_t last_query = problem_.query_offset(t.b, keys) + (t.first + t.rows - 1) / group;
-    visibility block = visibility::all;
-    if constexpr (hides_blocks<Variant>) {
-      const index_t head = problem_.first_head(t.g);
-      block = variant_.visible(key_block{t.b, head, head + group, first_query, last_query + 1, first_key,
-                                         std::min(first_key + tile_tokens, keys)});
-      if (block == visibility::none) return block;
-    } else if constexpr (hides_positions<Variant>) {
-      block = visibility::some;
-    }
+  /// Tiles all of whose 64 keys are seen by every row, by the interval rules. (Once a split: its divisions cost a tenth
+  /// of a decode step's time over a tile.)
+  [[nodiscard]] key_range whole_tiles(const row_tile& t) const noexcept {
+    const index_t keys = length(t.b), group = problem_.group_size(t.g), offset = problem_.query_offset(t.b, keys);
+    const index_t first_query = offset + t.first / group, last_query = offset + (t.first + t.rows - 1) / group;
     // Interval ends grow with the position: the last row's begin and the first row's end bound all rows.
-    const bool whole = interval_.keys_of(last_query, keys).begin <= first_key &&
-                       interval_.keys_of(first_query, keys).end >= first_key + tile_tokens;
-    if (whole && !problem_.options.mask && block == visibility::all) {
+    const index_t begin = interval_.keys_of(last_query, keys).begin, end = interval_.keys_of(first_query, keys).end;
+    return {ceil_div(begin, tile_tokens), std::max<index_t>(end, 0) / tile_tokens};
+  }
+
+  /// What a variant says of key tile i as a block.
+  [[nodiscard]] visibility find_block_visible(const row_tile& t, index_t i) const {
+    if constexpr (hides_blocks<Variant>) {
+      const index_t keys = length(t.b), group = problem_.group_size(t.g), head = problem_.first_head(t.g);
+      const index_t offset = problem_.query_offset(t.b, keys), first_key = i * tile_tokens;
+      return variant_.visible(key_block{t.b, head, head + group, offset + t.first / group,
+                                        offset + (t.first + t.rows - 1) / group + 1, first_key,
+                                        std::min(first_key + tile_tokens, keys)});
+    } else {
+      return hides_positions<Variant> ? visibility::some : visibility::all;
+    }
+  }
+
+  /// Fills the bits of each row for key tile i, and says whether none or all of its 64 keys are seen by every row.
+  [[nodiscard]] visibility find_visible(const row_tile& t, index_t i, const workspace& w) const {
+    const visibility block = find_block_visible(t, i);
+    if (block == visibility::none) return block;
+    std::uint64_t* const visible = w.visible;
+    if (w.whole.begin <= i && i < w.whole.end && !problem_.options.mask && block == visibility::all) {
       std::fill_n(visible, t.rows, all_keys);
       return visibility::all;
     }
+    const index_t keys = length(t.b), first_key = i * tile_tokens;
     std::uint64_t any = 0;
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
@@ -303,13 +321,26 @@ class tile_engine {
     for (index_t block = 0; block < blocks; ++block)
       weigh_block(t, first_row(block), first_row(block + 1), i, tile, w, states);
     for (index_t block = 0; block < blocks; ++block)
-      apply_block(first_row(block), first_row(block + 1), tile, w, states);
+      apply_block(t, first_row(block), first_row(block + 1), tile, w, states);
+    if (reads_in_order(t) && (i + 1) * tile_tokens < length(t.b))
+      fetch_start(kv_.tile(t.b, t.g, i + 1, 0, nullptr).k[0], t.rows);
+  }
+
+  /// Asks for the start of what is read next, to keep memory busy while something else is computed: a row's softmax and
+  /// its share of a tile's bookkeeping take some 20 ns, in which half a kilobyte comes.
+  static void fetch_start(const P* from, index_t rows) noexcept {
+    for (index_t byte = 0; byte < 512 * rows; byte += 64) prefetch(from, byte);
+  }
+
+  /// Few rows wait for memory: tiles that lie there are best read as one stream.
+  [[nodiscard]] bool reads_in_order(const row_tile& t) const noexcept {
+    return t.rows <= 2 * block_rows && kv_.scratch_elements() == 0;
   }
 
   [[nodiscard]] block_operands<P, L> operands_of(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
                                                  const raw_states<A>& states) const noexcept {
-    std::uint64_t any = 0;
-    for (index_t r = row; r < row_end; ++r) any |= w.visible[r];
+    std::uint64_t any = w.all_seen ? all_keys : 0;
+    for (index_t r = row; r < row_end && !w.all_seen; ++r) any |= w.visible[r];
     const index_t begin = any == 0 ? 0 : std::countr_zero(any) / panel_tokens;
     const index_t end = ceil_div(tile_tokens - std::countl_zero(any), panel_tokens);
     return {tile,
@@ -324,7 +355,8 @@ class tile_engine {
             w.alpha + row,
             out_stride(),
             begin,
-            end};
+            end,
+            w.tile_sums};
   }
 
   /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
@@ -332,7 +364,13 @@ class tile_engine {
                    const raw_states<A>& states) const {
     const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
-    row_block_kernels<P, L>::scores[static_cast<std::size_t>(row_end - row - 1)](op);
+    using kernels = row_block_kernels<P, L>;
+    const auto& scores = reads_in_order(t) ? kernels::scores_in_order : kernels::scores;
+    scores[static_cast<std::size_t>(row_end - row - 1)](op);
+    if (row_end == t.rows && reads_in_order(t)) fetch_start(tile.v[0], t.rows);
+    if (w.all_seen && rules_.is_plain())
+      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
+                           w.lanes + row * packet_size<A>, w.alpha + row);
     for (index_t r = row; r < row_end; ++r) {
       A* const s = w.s + r * tile_tokens;
       L* const p = w.p + r * tile_tokens;
@@ -355,7 +393,8 @@ class tile_engine {
   }
 
   static void hide(A* s, std::uint64_t visible) noexcept {
-    for (index_t c = 0; c < tile_tokens; ++c) s[c] = (visible >> c & 1) != 0 ? s[c] : minus_infinity<A>;
+    for (index_t c = 0; c < tile_tokens; c += packet_size<A>)
+      store(s + c, select_bits<A>(visible >> c, load(s + c), broadcast(minus_infinity<A>)));
   }
 
   /// Scores that a bias or a variant makes -inf hide their key too.
@@ -367,17 +406,18 @@ class tile_engine {
   }
 
   /// O = alpha O + P V of rows [row, row_end).
-  void apply_block(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
+  void apply_block(const row_tile& t, index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const noexcept {
     const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
-    const bool all_see_all =
-        std::all_of(w.visible + row, w.visible + row_end, [](std::uint64_t bits) { return bits == all_keys; });
-    if (tile.nonfinite_values != 0 && !all_see_all) {
+    const auto sees_all = [](std::uint64_t bits) { return bits == all_keys; };
+    if (tile.nonfinite_values != 0 && !std::all_of(w.visible + row, w.visible + row_end, sees_all)) {
       for (index_t r = row; r < row_end; ++r) apply_visible_only(r, tile, w, states);
       return;
     }
-    row_block_kernels<P, L>::values[static_cast<std::size_t>(row_end - row - 1)](op);
+    using kernels = row_block_kernels<P, L>;
+    const auto& values = reads_in_order(t) ? kernels::values_in_order : kernels::values;
+    values[static_cast<std::size_t>(row_end - row - 1)](op);
   }
 
   /// 0 times NaN is NaN: a row meets zeros in the place of values that it may not see. Same sums, so the same bits.

@@ -33,30 +33,22 @@ inline namespace GQA_ISA {
 inline constexpr int block_rows = 6;
 inline constexpr int block_vectors = packet_registers == 32 ? 4 : 2;
 
-/// sum[r][v] += A[r, :depth] B[:depth, v]. A is row-major with `a_stride`; packet v of its first p elements' products
-/// lies at b[v], that of the next p at b[v] + b_step.
+/// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
 template <class P, class L, int Rows, int Vectors>
-GQA_INLINE void accumulate(packet<accumulator_t<P>> (&sum)[Rows][Vectors], const L* a, index_t a_stride,
-                           const P* const (&b)[Vectors], index_t b_step, index_t depth) noexcept {
+GQA_INLINE void multiply_step(packet<accumulator_t<P>> (&sum)[Rows][Vectors], const L* a, index_t a_stride,
+                              const P* const (&b)[Vectors]) noexcept {
   using product = lane_product<P, L>;
-  const P* lanes[Vectors];
   GQA_UNROLL
-  for (int v = 0; v < Vectors; ++v) lanes[v] = b[v];
-  for (index_t i = 0; i < depth; i += product::depth) {
+  for (int part = 0; part < product::parts; ++part) {
+    typename product::right step[Vectors];
     GQA_UNROLL
-    for (int part = 0; part < product::parts; ++part) {
-      typename product::right step[Vectors];
+    for (int v = 0; v < Vectors; ++v) step[v] = product::load(b[v], part);
+    GQA_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const typename product::left element = product::broadcast(a + r * a_stride, part);
       GQA_UNROLL
-      for (int v = 0; v < Vectors; ++v) step[v] = product::load(lanes[v], part);
-      GQA_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const typename product::left element = product::broadcast(a + r * a_stride + i, part);
-        GQA_UNROLL
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = product::madd(element, step[v], sum[r][v]);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = product::madd(element, step[v], sum[r][v]);
     }
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) lanes[v] += b_step;
   }
 }
 
@@ -86,6 +78,7 @@ struct block_operands {
   const A* alpha;
   index_t value_dim;               // padded
   index_t panel_begin, panel_end;  // the panels that some row of the block sees
+  A* sums;                         // [Rows, padded E], scratch of products in the order of memory
 };
 
 /// S[:, column : column + Vectors packets] = Q K^T.
@@ -102,7 +95,11 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     const index_t c = column + v * width;
     b[v] = op.tile.k[static_cast<std::size_t>(c / panel_tokens)] + c % panel_tokens * lanes;
   }
-  accumulate<P, L>(sum, op.q, op.q_stride, b, panel_tokens * lanes, op.head_dim);
+  for (index_t d = 0; d < op.head_dim; d += lanes) {
+    multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
+    GQA_UNROLL
+    for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
+  }
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
@@ -121,19 +118,29 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
   constexpr index_t lanes = lane_elements<P>;
   packet<A> sum[Rows][Vectors];
   clear<A>(sum);
-  for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
-    const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + block * panel_tokens + column * lanes;
+  // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
+  const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
+  for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
+    const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
+    const P* const from =
+        op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * columns;
     const P* b[Vectors];
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
-    accumulate<P, L>(sum, op.p + panel * panel_tokens, tile_tokens, b, columns * lanes, panel_tokens);
+    multiply_step<P, L>(sum, op.p + t, tile_tokens, b);
   }
+  A* const out = op.out + block + column;
+  // Once maxima have settled alpha is 1, and O + sum the same bits for an addition, which some cores do beside their
+  // multiply-adds.
+  bool settled = true;
+  for (int r = 0; r < Rows; ++r) settled = settled && op.alpha[r] == A{1};
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    const packet<A> alpha = broadcast(op.alpha[r]);
-    A* const out = op.out + r * op.out_stride + block + column;
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) store(out + v * width, madd(load(out + v * width), alpha, sum[r][v]));
+    for (int v = 0; v < Vectors; ++v) {
+      A* const to = out + r * op.out_stride + v * width;
+      store(to, settled ? add(load(to), sum[r][v]) : madd(load(to), broadcast(op.alpha[r]), sum[r][v]));
+    }
   }
 }
 
@@ -174,16 +181,86 @@ void value_block_rows(const block_operands<P, L>& op) noexcept {
   }
 }
 
-/// The two products for each number of rows in a block.
+/// O [Rows, E] = alpha O + the sums of a tile, once all of its groups are in.
+template <class A>
+void add_tile_sums(const A* sums, const A* alpha, A* out, index_t rows, index_t stride) noexcept {
+  for (index_t r = 0; r < rows; ++r) {
+    const packet<A> scale = broadcast(alpha[r]);
+    for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
+      store(out + e, madd(load(out + e), scale, load(sums + e)));
+  }
+}
+
+/// Scores panel by panel: memory from front to back.
+template <class P, class L, int Rows>
+void score_block_in_order(const block_operands<P, L>& op) noexcept {
+  constexpr int panel_vectors = static_cast<int>(panel_tokens / packet_size<accumulator_t<P>>);
+  for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel)
+    score_columns<P, L, Rows, panel_vectors>(op, panel * panel_tokens);
+}
+
+/// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first.
+template <class P, class L, int Rows, int Vectors>
+void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t block, index_t columns,
+                         index_t column) noexcept {
+  using A = accumulator_t<P>;
+  constexpr int width = packet_size<A>;
+  constexpr index_t lanes = lane_elements<P>;
+  A* const sums = op.sums + block + column;
+  packet<A> sum[Rows][Vectors];
+  GQA_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GQA_UNROLL
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] = panel == op.panel_begin ? zeros<A>() : load(sums + r * op.out_stride + v * width);
+  }
+  const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + block * panel_tokens + column * lanes;
+  const P* b[Vectors];
+  GQA_UNROLL
+  for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
+  for (index_t t = 0; t < panel_tokens; t += lanes) {
+    multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
+    GQA_UNROLL
+    for (int v = 0; v < Vectors; ++v) b[v] += columns * lanes;
+  }
+  GQA_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    GQA_UNROLL
+    for (int v = 0; v < Vectors; ++v) store(sums + r * op.out_stride + v * width, sum[r][v]);
+  }
+}
+
+/// Output of a row block, panel by panel: each panel's columns have their sums in L1 while the others' turn is.
+template <class P, class L, int Rows>
+void value_block_in_order(const block_operands<P, L>& op) noexcept {
+  using A = accumulator_t<P>;
+  for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
+    for (index_t block = 0; block < op.value_dim; block += value_block) {
+      const index_t columns = std::min(value_block, op.value_dim - block);
+      for_each_column_block<A>(0, columns, [&]<int Vectors>(index_t column) {
+        value_panel_columns<P, L, Rows, Vectors>(op, panel, block, columns, column);
+      });
+    }
+  }
+  add_tile_sums(op.sums, op.alpha, op.out, Rows, op.out_stride);
+}
+
+/// The products for each number of rows in a block: those for many row blocks, which read a tile from cache, and those
+/// for few, which read it from memory.
 template <class P, class L>
 struct row_block_kernels {
   using kernel = void (*)(const block_operands<P, L>&) noexcept;
-  static constexpr std::array<kernel, block_rows> scores = {score_block<P, L, 1>, score_block<P, L, 2>,
-                                                            score_block<P, L, 3>, score_block<P, L, 4>,
-                                                            score_block<P, L, 5>, score_block<P, L, 6>};
-  static constexpr std::array<kernel, block_rows> values = {value_block_rows<P, L, 1>, value_block_rows<P, L, 2>,
-                                                            value_block_rows<P, L, 3>, value_block_rows<P, L, 4>,
-                                                            value_block_rows<P, L, 5>, value_block_rows<P, L, 6>};
+  using kernels = std::array<kernel, block_rows>;
+  static constexpr kernels scores = {score_block<P, L, 1>, score_block<P, L, 2>, score_block<P, L, 3>,
+                                     score_block<P, L, 4>, score_block<P, L, 5>, score_block<P, L, 6>};
+  static constexpr kernels values = {value_block_rows<P, L, 1>, value_block_rows<P, L, 2>, value_block_rows<P, L, 3>,
+                                     value_block_rows<P, L, 4>, value_block_rows<P, L, 5>, value_block_rows<P, L, 6>};
+  static constexpr kernels scores_in_order = {score_block_in_order<P, L, 1>, score_block_in_order<P, L, 2>,
+                                              score_block_in_order<P, L, 3>, score_block_in_order<P, L, 4>,
+                                              score_block_in_order<P, L, 5>, score_block_in_order<P, L, 6>};
+  static constexpr kernels values_in_order = {value_block_in_order<P, L, 1>, value_block_in_order<P, L, 2>,
+                                              value_block_in_order<P, L, 3>, value_block_in_order<P, L, 4>,
+                                              value_block_in_order<P, L, 5>, value_block_in_order<P, L, 6>};
 };
 
 }  // namespace GQA_ISA

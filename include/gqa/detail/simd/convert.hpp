@@ -59,25 +59,6 @@ template <class A, class T>
   }
 }
 
-/// A packet as elements of T in memory, rounded to nearest even. Generic: lane by lane.
-template <class A, class T>
-inline void store_as(T* to, const packet<A>& x) noexcept {
-  if constexpr (std::is_same_v<A, T>) {
-    store(to, x);
-  } else {
-    constexpr int width = packet_size<A>;
-#if defined(EIGEN_VECTORIZE_AVX512)
-    if constexpr (std::is_same_v<T, Eigen::half> && width == 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-      return;
-    }
-#endif
-    alignas(64) A lanes[width];
-    store(lanes, x);
-    for (int i = 0; i < width; ++i) to[i] = static_cast<T>(lanes[i]);
-  }
-}
-
 /// The bits of a packet of floats, a word a lane.
 typedef std::uint32_t packet_words __attribute__((vector_size(sizeof(packet<float>))));
 
@@ -101,22 +82,66 @@ typedef std::uint32_t packet_words __attribute__((vector_size(sizeof(packet<floa
   return packet_of(pairs & 0xffff0000u);
 }
 
+/// x rounded to bfloat16, still as floats.
+[[nodiscard]] inline packet<float> rounded_to_bfloat16(const packet<float>& x) noexcept {
+  const packet_words words = words_of(x);
+  const packet_words rounded = words + 0x7fffu + (words >> 16 & 1u);
+  const packet_words quiet = words | 0x400000u;  // a NaN: the addition could carry it into infinity or past it
+  const auto is_nan = std::bit_cast<packet_words>((words & 0x7fffffffu) > 0x7f800000u);
+  return packet_of(((rounded & ~is_nan) | (quiet & is_nan)) & 0xffff0000u);
+}
+
+/// A packet as elements of T in memory, rounded to nearest even. Generic: lane by lane.
+template <class A, class T>
+inline void store_as(T* to, const packet<A>& x) noexcept {
+  if constexpr (std::is_same_v<A, T>) {
+    store(to, x);
+  } else {
+    constexpr int width = packet_size<A>;
+#if defined(EIGEN_VECTORIZE_AVX512)
+    if constexpr (std::is_same_v<T, Eigen::half> && width == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+      return;
+    } else if constexpr (std::is_same_v<T, Eigen::bfloat16> && width == 16) {
+      const auto words = std::bit_cast<__m512i>(words_of(rounded_to_bfloat16(x)) >> 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+      return;
+    }
+#endif
+    alignas(64) A lanes[width];
+    store(lanes, x);
+    for (int i = 0; i < width; ++i) to[i] = static_cast<T>(lanes[i]);
+  }
+}
+
 /// x rounded to what T holds, still as A.
 template <class T, class A>
 [[nodiscard]] inline packet<A> rounded_to(const packet<A>& x) noexcept {
-  if constexpr (std::is_same_v<T, A>) {
+  if constexpr (sizeof(T) >= sizeof(A)) {
     return x;
-  } else if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
-    const packet_words words = words_of(x);
-    const packet_words rounded = words + 0x7fffu + (words >> 16 & 1u);
-    const packet_words quiet = words | 0x400000u;  // a NaN: the addition could carry it into infinity or past it
-    const auto is_nan = std::bit_cast<packet_words>((words & 0x7fffffffu) > 0x7f800000u);
-    return packet_of(((rounded & ~is_nan) | (quiet & is_nan)) & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<A, float>) {
+    return rounded_to_bfloat16(x);
   } else {
     alignas(64) T narrow[packet_size<A>];
     store_as<A>(narrow, x);
     return load_as<A>(narrow);
   }
+}
+
+/// x times a factor, in double and rounded once.
+template <class A>
+[[nodiscard]] inline packet<A> scaled(const packet<A>& x, double factor) noexcept {
+  alignas(64) A lanes[packet_size<A>];
+  store(lanes, x);
+  for (A& lane : lanes) lane = static_cast<A>(static_cast<double>(lane) * factor);
+  return load(lanes);
+}
+
+/// A packet as results are stored: see stored() in packet.hpp.
+template <class Out, class A>
+inline void store_result(Out* to, const packet<A>& x) noexcept {
+  // Rounding may make a zero; the sum of zeros of either sign is +0.
+  store_as<A>(to, add(rounded_to<Out, A>(with_one_nan<A>(x)), zeros<A>()));
 }
 
 /// A row of lanes of a panel of P: lane i holds lane i of each part, which P holds exactly.

@@ -106,6 +106,22 @@ template <class P>
   return Eigen::internal::psub(a, b);
 }
 
+template <class P>
+[[nodiscard]] inline P div(const P& a, const P& b) noexcept {
+  return Eigen::internal::pdiv(a, b);
+}
+
+/// x with any NaN replaced by the one that is stored.
+template <class A>
+[[nodiscard]] inline packet<A> with_one_nan(const packet<A>& x) noexcept {
+  const packet<A> nan = broadcast(std::numeric_limits<A>::quiet_NaN());
+  if constexpr (packet_size<A> == 1) {
+    return x == x ? x : nan;
+  } else {
+    return Eigen::internal::pselect(Eigen::internal::pcmp_eq(x, x), x, nan);
+  }
+}
+
 /// a * b + c.
 template <class P>
 [[nodiscard]] inline P madd(const P& a, const P& b, const P& c) noexcept {
@@ -149,6 +165,26 @@ template <class A>
 #endif
   } else {
     return Eigen::internal::predux_any(Eigen::internal::pcmp_lt(a, b));
+  }
+}
+
+/// Lane i of `a` where bit i is set, of `b` where not.
+template <class A>
+[[nodiscard]] inline packet<A> select_bits(std::uint64_t bits, const packet<A>& a, const packet<A>& b) noexcept {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (packet_size<A> == 16) {
+    return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits), a);
+  } else if constexpr (sizeof(packet<A>) == 64) {
+    return _mm512_mask_mov_pd(b, static_cast<__mmask8>(bits), a);
+  }
+#endif
+  if constexpr (packet_size<A> == 1) {
+    return (bits & 1) != 0 ? a : b;
+  } else {
+    alignas(64) A from[packet_size<A>], to[packet_size<A>];
+    store(from, a), store(to, b);
+    for (int i = 0; i < packet_size<A>; ++i) to[i] = (bits >> i & 1) != 0 ? from[i] : to[i];
+    return load(to);
   }
 }
 
@@ -217,9 +253,10 @@ inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
   }
 }
 
-/// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane.
+/// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane. (Flattened: GCC has its false
+/// warning of above for Eigen's function on its own.)
 template <class A>
-[[nodiscard]] inline packet<A> tanh(const packet<A>& x) noexcept {
+[[nodiscard, gnu::flatten]] inline packet<A> tanh(const packet<A>& x) noexcept {
   if constexpr (std::is_same_v<A, float> && packet_size<A> != 1) {
     // Eigen's ptanh clamps its argument, which loses NaN.
     const packet<A> is_number = Eigen::internal::pcmp_eq(x, x);
@@ -245,6 +282,34 @@ template <class A>
     return std::bit_cast<packet<A>>(std::bit_cast<vector>(t) << mantissa_bits);
   }
 }
+
+/// Whether the ISA multiplies by powers of two: scale_by_power(p, n) = p 2^n for whole n; +0 for n = -inf, even if p is
+/// NaN (then it is the product of rounding -inf), NaN for n = NaN.
+#if defined(EIGEN_VECTORIZE_AVX512)
+template <class A>
+inline constexpr bool has_scale = sizeof(packet<A>) == 64;
+
+template <class A>
+[[nodiscard]] inline packet<A> scale_by_power(const packet<A>& p, const packet<A>& n) noexcept {
+  if constexpr (packet_size<A> == 16) {
+    return _mm512_scalef_ps(p, n);
+  } else {
+    return _mm512_scalef_pd(p, n);
+  }
+}
+
+template <class A>
+[[nodiscard]] inline packet<A> round_to_integer(const packet<A>& x) noexcept {
+  if constexpr (packet_size<A> == 16) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT);
+  }
+}
+#else
+template <class A>
+inline constexpr bool has_scale = false;
+#endif
 
 /// a * b + c of scalars, by the rule of the packets.
 template <class A>
