@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefill, append and decode over plain tensors at the geometry of Llama-3-8B, with their twins. See README.md.
+// Prefill, append and decode over plain tensors and caches at the geometry of Llama-3-8B, with their twins. See
+// README.md.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,13 +26,17 @@ struct attention_case {
   layout order = layout::bshd;
   index_t window = -1;  // keys before the query's own that it sees; -1: all
   int threads = 1;
+  bool cached = false;  // keys and values in a kv_cache
 
   [[nodiscard]] attention_options options() const { return {.causal = true, .window = {window, -1}}; }
 
   [[nodiscard]] std::string name(const char* implementation, const char* dtype) const {
     const auto& n = shape;
     const auto number = [](const char* prefix, index_t value) { return prefix + std::to_string(value); };
-    return std::string(family) + '/' + implementation + '/' + dtype + (order == layout::bshd ? "/bshd/" : "/bhsd/") +
+    return std::string(family) + '/' + implementation + '/' + dtype +
+           (cached                  ? "/cache/"
+            : order == layout::bshd ? "/bshd/"
+                                    : "/bhsd/") +
            number("b", n.batch) + number("q", n.q_len) + number("t", n.kv_len) + number("h", n.q_heads) +
            number("g", n.kv_heads) + number("d", n.head_dim) +
            (window < 0 ? "/causal" : number("/window", window + 1)) + number("/t", threads);
@@ -71,6 +77,20 @@ read_probe& memory() {
   return probe;
 }
 
+// A kv_cache with the keys and values of a case, where it asks for one.
+template <class K>
+struct cache_for {
+  std::optional<kv_cache<K>> kv;
+
+  explicit cache_for(const attention_case& c) {
+    const auto& n = c.shape;
+    if (c.cached) kv.emplace(n.batch, n.kv_heads, n.kv_len, n.head_dim);
+  }
+  void fill(const tensor<K>& k, const tensor<K>& v) {
+    if (kv) kv->append(k.view(), v.view());
+  }
+};
+
 // The library, with probes and the Eigen twin in between, so that their ratios are of the same moments.
 template <class Q, class K>
 void run_tiled(benchmark::State& state, const attention_case& c) {
@@ -78,7 +98,12 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
   operands<Q, K> in(c.shape, c.order);
   tensor<Q> twin_out({c.shape.batch, c.shape.q_len, c.shape.q_heads, c.shape.head_dim}, layout::bshd);
   const auto& [q, out, k, v] = in;
-  const auto call = [&] { attention(q.view(), k.view(), v.view(), in.out.view(), c.options(), *w); };
+  cache_for<K> cache(c);
+  cache.fill(k, v);
+  const auto call = [&] {
+    if (cache.kv) return attention(q.view(), *cache.kv, in.out.view(), c.options(), *w);
+    attention(q.view(), k.view(), v.view(), in.out.view(), c.options(), *w);
+  };
   const auto twin_call = [&] {
     if constexpr (std::is_same_v<Q, float> && std::is_same_v<K, float>)
       eigen_attention(q.view(), k.view(), v.view(), twin_out.view(), *w);
@@ -97,14 +122,14 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
     own.add(time(call));
     state.SetIterationTime(own.median());  // what the counters use; a single slow run does not show
     if (own.size() > 30) continue;
-    peak.add(multiply_add_rate<accumulator_t<K>>(*w));
+    peak.add(product_rate<Q, K>(*w));
     if (c.shape.q_len == 1) read.add(memory().rate(*w));
     if (has_twin) twin.add(time(twin_call));
   }
 
   state.counters["flop/s"] = c.operations() / own.median();
   state.counters["kv_bytes/s"] = c.kv_elements() * sizeof(K) / own.median();
-  state.counters["of_fma_peak"] = c.operations() / own.median() / peak.median();
+  state.counters["of_peak"] = c.operations() / own.median() / peak.median();
   if (!read.empty()) state.counters["of_read"] = c.kv_elements() * sizeof(K) / own.median() / read.median();
   if (!twin.empty()) state.counters["x_eigen"] = twin.median() / own.median();
 
@@ -148,12 +173,16 @@ void add_tiled(const attention_case& c, const char* dtype) {
 
 void add_probes(int threads) {
   const std::string suffix = "/t" + std::to_string(threads);
-  add("probe/fma/f32" + suffix, [threads](benchmark::State& state) {
-    const workers w(threads);
-    samples rates;
-    for (auto _ : state) state.SetIterationTime(seconds_of([&] { rates.add(multiply_add_rate<float>(*w)); }));
-    state.counters["flop/s"] = rates.median();
-  });
+  const auto add_peak = [&](const char* dtype, double (*rate)(context&)) {
+    add(std::string("probe/fma/") + dtype + suffix, [threads, rate](benchmark::State& state) {
+      const workers w(threads);
+      samples rates;
+      for (auto _ : state) state.SetIterationTime(seconds_of([&] { rates.add(rate(*w)); }));
+      state.counters["flop/s"] = rates.median();
+    });
+  };
+  add_peak("f32", product_rate<float, float>);
+  add_peak("bf16", product_rate<Eigen::bfloat16, Eigen::bfloat16>);
   add("probe/read" + suffix, [threads](benchmark::State& state) {
     const workers w(threads);
     samples rates;
@@ -189,6 +218,16 @@ void add_all() {
       add_tiled<Eigen::half, Eigen::half>(c, "f16");
       add_tiled<Eigen::bfloat16, Eigen::bfloat16>(c, "bf16");
       add_tiled<float, Eigen::bfloat16>(c, "f32_over_bf16");
+    }
+    for (attention_case c : {attention_case{"prefill", {1, 2048, 2048, h, 8, d}, layout::bshd, -1, threads},
+                             attention_case{"append", {1, 64, 8192, h, 8, d}, layout::bshd, -1, threads},
+                             attention_case{"append", {1, 5, 8192, h, 8, d}, layout::bshd, -1, threads},
+                             attention_case{"decode", {1, 1, 16384, 8, 8, d}, layout::bshd, -1, threads},
+                             attention_case{"decode", {1, 1, 65536, h, 8, d}, layout::bshd, -1, threads}}) {
+      c.cached = true;
+      add_tiled<float, float>(c, "f32");
+      add_tiled<Eigen::half, Eigen::half>(c, "f16");
+      add_tiled<Eigen::bfloat16, Eigen::bfloat16>(c, "bf16");
     }
     const attention_case naive_prefill{"prefill", {1, 256, 256, h, h, d}, layout::bshd, -1, threads};
     const attention_case naive_decode{"decode", {1, 1, 4096, h, h, d}, layout::bshd, -1, threads};

@@ -5,27 +5,38 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <iterator>
+#include <type_traits>
 #include <vector>
 
 #include <gqa/context.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile_kernel.hpp>
 
 #include "stopwatch.hpp"
 
 namespace gqa::bench {
 
-// Multiply-adds on registers alone: as many independent sums as a register block of the kernels has.
-template <class A>
-[[gnu::noinline]] A multiply_add_loop(index_t steps) {
+// Products of panels of P with queries of L on registers alone: as many independent sums as a register block of the
+// kernels has. Operations, two a multiply-add, per second of all workers together.
+template <class P, class L>
+[[gnu::noinline]] accumulator_t<P> multiply_add_loop(index_t steps) {
+  using A = accumulator_t<P>;
+  using product = detail::lane_product<P, L>;
+  alignas(64) P lanes[64];
+  alignas(64) L elements[2];
+  std::fill(std::begin(lanes), std::end(lanes), P(1));
+  std::fill(std::begin(elements), std::end(elements), L(0.5f));
+  const typename product::right right = product::load(lanes, 0);
+  const typename product::left left = product::broadcast(elements, 0);
   detail::packet<A> sum[detail::block_rows][detail::block_vectors];
-  const detail::packet<A> factor = detail::broadcast(A{0.5}), addend = detail::broadcast(A{1});
   detail::clear<A>(sum);
   for (index_t i = 0; i < steps; ++i) {
     GQA_UNROLL
     for (int r = 0; r < detail::block_rows; ++r) {
       GQA_UNROLL
-      for (int v = 0; v < detail::block_vectors; ++v) sum[r][v] = detail::madd(sum[r][v], factor, addend);
+      for (int v = 0; v < detail::block_vectors; ++v) sum[r][v] = product::madd(left, right, sum[r][v]);
     }
   }
   A total{0};
@@ -35,18 +46,28 @@ template <class A>
   return total;
 }
 
-// Operations (two a multiply-add) per second on all workers together.
-template <class A>
+template <class P, class L = accumulator_t<P>>
 double multiply_add_rate(context& ctx) {
+  using product = detail::lane_product<P, L>;
   constexpr index_t steps = 1 << 18;  // about a millisecond: waking threads takes microseconds
-  constexpr index_t sums = detail::block_rows * detail::block_vectors;
+  constexpr index_t products = detail::block_rows * detail::block_vectors * detail::packet_size<accumulator_t<P>> *
+                               (product::depth / product::parts);
   const index_t workers = ctx.concurrency();
-  std::vector<A> results(static_cast<std::size_t>(workers));
+  std::vector<accumulator_t<P>> results(static_cast<std::size_t>(workers));
   const double seconds = seconds_of([&] {
-    ctx.for_each(workers,
-                 [&](index_t task, index_t) { results[static_cast<std::size_t>(task)] = multiply_add_loop<A>(steps); });
+    ctx.for_each(workers, [&](index_t task, index_t) {
+      results[static_cast<std::size_t>(task)] = multiply_add_loop<P, L>(steps);
+    });
   });
-  return static_cast<double>(2 * sums * detail::packet_size<A> * steps * workers) / seconds;
+  return static_cast<double>(2 * products * steps * workers) / seconds;
+}
+
+// What keys of K meet under queries of Q: pairs where the ISA multiplies them and the queries have 16 bits.
+template <class Q, class K>
+double product_rate(context& ctx) {
+  using A = accumulator_t<K>;
+  if constexpr (detail::has_dot<K> && std::is_same_v<Q, K>) return multiply_add_rate<K, K>(ctx);
+  return multiply_add_rate<A, A>(ctx);
 }
 
 // Reads memory from end to end, `streams` places at a time, each worker its share.
