@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <memory_resource>
 #include <string>
 #include <utility>
@@ -264,6 +265,37 @@ TEST(KvCache, KeepsHiddenNaNOut) {
     attention(slice(clean.q.view(), 1, 0, 70 + more), kv, view(out.data(), {1, 70 + more, 6, 48}), clean.options, ctx);
     EXPECT_TRUE(same_bits(out.data(), expected.out.data(), out.size())) << more;
   }
+}
+
+// Hidden by a mask or by a bias of -inf, in the middle of what is seen: panels of which nothing is seen, between
+// others.
+TEST(KvCache, KeepsMaskedNaNOut) {
+  context ctx;
+  const operands<Q, T> clean(attention_case{{1, 9, 200, 4, 2, 40, 40}, 0, layout::bshd});
+  operands<Q, T> dirty(clean.of);
+  std::vector<float> bias(9 * 200, 0.0f);
+  const auto mask = std::make_unique<bool[]>(9 * 200);
+  std::fill_n(mask.get(), 9 * 200, true);
+  for (index_t t = 80; t < 100; ++t) {
+    for (index_t e = 0; e < 40; ++e) dirty.v.view()(0, t, 1, e) = dirty.k.view()(0, t, 0, e) = not_a_number;
+    for (index_t s = 0; s < 9; ++s) {
+      mask[static_cast<std::size_t>(s * 200 + t)] = false;
+      bias[static_cast<std::size_t>(s * 200 + t)] = -std::numeric_limits<float>::infinity();
+    }
+  }
+  const auto expect_same_bits = [&](const attention_options& options, const operands<Q, T>& with_nan) {
+    operands<Q, T> a(clean.of), b(clean.of);
+    a.options = options;
+    b.options = options;
+    const cache plain = filled(clean), other = filled(with_nan);
+    EXPECT_TRUE(run_over(b, other, ctx).same_bits(run_over(a, plain, ctx)));
+  };
+  expect_same_bits({.mask = tensor_view<const bool, 4>(mask.get(), {1, 1, 9, 200})}, dirty);
+  operands<Q, T> dirty_values(clean.of);  // a score of NaN is not hidden by a bias
+  for (index_t t = 80; t < 100; ++t) {
+    for (index_t e = 0; e < 40; ++e) dirty_values.v.view()(0, t, 1, e) = not_a_number;
+  }
+  expect_same_bits({.bias = tensor_view<const float, 4>(bias.data(), {1, 1, 9, 200})}, dirty_values);
 }
 
 TEST(KvCache, IsFullWithoutLosingAnything) {

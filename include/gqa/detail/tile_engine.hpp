@@ -422,16 +422,15 @@ class tile_engine {
 
   /// 0 times NaN is NaN: a row meets zeros in the place of values that it may not see. Same sums, so the same bits.
   void apply_visible_only(index_t r, const kv_tile<P>& tile, workspace& w, const raw_states<A>& states) const noexcept {
-    const index_t panel_elements = value_panel_elements(problem_.shape.value_dim);
+    const index_t columns = out_stride(), panel_elements = value_panel_elements(columns);
     kv_tile<P> seen = tile;
     for (index_t panel = 0; panel < tile_panels; ++panel) {
-      const std::uint64_t bits = w.visible[r] >> panel * panel_tokens & 0xffff;
-      if (bits == 0) continue;
+      const std::uint64_t bits = w.visible[r] >> panel * panel_tokens;
       const P* const from = tile.v[static_cast<std::size_t>(panel)];
       P* const to = w.seen_values + panel * panel_elements;
-      for (index_t e = 0; e < problem_.shape.value_dim; ++e) {
+      for (index_t e = 0; e < columns; ++e) {
         for (index_t t = 0; t < panel_tokens; ++t) {
-          const index_t at = value_index<P>(t, e, problem_.shape.value_dim);
+          const index_t at = value_index<P>(t, e, columns);
           to[at] = (bits >> t & 1) != 0 ? from[at] : P(0);
         }
       }
