@@ -336,6 +336,10 @@ TEST(KvCache, RefusesWhatDoesNotFit) {
   const index_t huge = std::numeric_limits<index_t>::max();
   EXPECT_EQ(make(1, 1, huge, 1, 1), errc::capacity);
   EXPECT_EQ(make(huge, huge, huge, huge, huge), errc::capacity);
+  EXPECT_EQ(make(1, 0, huge, 64, 64), errc::capacity);  // nothing to hold, but extents whose products overflow
+  EXPECT_EQ(make(0, 1, huge, 64, 64), errc::capacity);
+  EXPECT_EQ(make(0, 1, 1, huge, 1), errc::capacity);
+  EXPECT_EQ(make(0, 1, 1, 1, huge), errc::capacity);
   EXPECT_EQ(make(1, 1, index_t{1} << 42, 64, 64), errc::capacity);
 
   const operands<Q, T> in(attention_case{{2, 3, 10, 4, 2, 32, 40}, with_causal, layout::bshd});

@@ -198,7 +198,8 @@ detail::fault kv_cache<T>::build(index_t batch, index_t kv_heads, index_t capaci
   if (head_dim < 1) return too_small("head_dim", 1, head_dim);
   if (value_dim < 1) return too_small("value_dim", 1, value_dim);
 
-  const auto size = [](index_t n) { return static_cast<double>(n); };
+  // At least 1 each: beside an extent of 0 a huge one would pass, and overflow in the products below.
+  const auto size = [](index_t n) { return static_cast<double>(std::max<index_t>(n, 1)); };
   const double estimate = size(batch) * (size(kv_heads) * (size(capacity) + detail::tile_tokens) *
                                              (size(head_dim) + size(value_dim) + 2 * detail::panel_tokens) * sizeof(T) +
                                          sizeof(index_t));

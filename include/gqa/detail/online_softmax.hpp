@@ -30,7 +30,7 @@ inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
 /// How far scores may rise above m, in powers of two. The running maximum of random scores rises in one tile out of
 /// five of a split, which no branch predictor foresees; 2^8 above it, hardly ever after the first tile. Weights of up
-/// to 256 lose nothing: sums are floating-point.
+/// to 256 lose no precision, but range: sums overflow once values times keys come within 2^-8 of the largest A.
 template <class A>
 inline constexpr A rescale_slack = A{8};
 
