@@ -77,20 +77,6 @@ read_probe& memory() {
   return probe;
 }
 
-// A kv_cache with the keys and values of a case, where it asks for one.
-template <class K>
-struct cache_for {
-  std::optional<kv_cache<K>> kv;
-
-  explicit cache_for(const attention_case& c) {
-    const auto& n = c.shape;
-    if (c.cached) kv.emplace(n.batch, n.kv_heads, n.kv_len, n.head_dim);
-  }
-  void fill(const tensor<K>& k, const tensor<K>& v) {
-    if (kv) kv->append(k.view(), v.view());
-  }
-};
-
 // The library, with probes and the Eigen twin in between, so that their ratios are of the same moments.
 template <class Q, class K>
 void run_tiled(benchmark::State& state, const attention_case& c) {
@@ -98,10 +84,11 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
   operands<Q, K> in(c.shape, c.order);
   tensor<Q> twin_out({c.shape.batch, c.shape.q_len, c.shape.q_heads, c.shape.head_dim}, layout::bshd);
   const auto& [q, out, k, v] = in;
-  cache_for<K> cache(c);
-  cache.fill(k, v);
+  std::optional<kv_cache<K>> cache;
+  if (c.cached)
+    cache.emplace(c.shape.batch, c.shape.kv_heads, c.shape.kv_len, c.shape.head_dim).append(k.view(), v.view());
   const auto call = [&] {
-    if (cache.kv) return attention(q.view(), *cache.kv, in.out.view(), c.options(), *w);
+    if (cache) return attention(q.view(), *cache, in.out.view(), c.options(), *w);
     attention(q.view(), k.view(), v.view(), in.out.view(), c.options(), *w);
   };
   const auto twin_call = [&] {

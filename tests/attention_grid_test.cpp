@@ -4,7 +4,6 @@
 // sets the number of random cases.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -50,13 +49,6 @@ std::vector<attention_case> grid() {
   add({1, 7, 77, 8, 8, 64, 64});  // MHA
   add({1, 7, 77, 8, 1, 64, 64});  // MQA
   return cases;
-}
-
-unsigned number_of_random_cases() {
-  const char* const text = std::getenv("GQA_TEST_CASES");
-  const unsigned long number = text == nullptr ? 300 : std::strtoul(text, nullptr, 10);
-  EXPECT_GT(number, 0u) << "GQA_TEST_CASES=" << text;
-  return static_cast<unsigned>(number);
 }
 
 TEST(AttentionMatchesReference, OverTheGrid) {

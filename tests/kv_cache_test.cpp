@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -134,11 +133,6 @@ TEST(KvCache, RoundsFloatsToNearestEven) {
       }
     }
   }
-}
-
-unsigned number_of_random_cases() {
-  const char* const text = std::getenv("GQA_TEST_CASES");
-  return text != nullptr ? static_cast<unsigned>(std::stoul(text)) : 300;
 }
 
 TEST(KvCache, MatchesTheReference) {

@@ -3,10 +3,13 @@
 // made of it, and its name is made from it.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -139,6 +142,14 @@ struct operands {
     }
   }
 };
+
+// How many random cases a test draws: GQA_TEST_CASES, or 300.
+inline unsigned number_of_random_cases() {
+  const char* const text = std::getenv("GQA_TEST_CASES");
+  const unsigned long number = text == nullptr ? 300 : std::strtoul(text, nullptr, 10);
+  EXPECT_GT(number, 0u) << "GQA_TEST_CASES=" << text;
+  return static_cast<unsigned>(number);
+}
 
 // A case drawn at random from what section "grid" of the tests covers: lengths around the tile, odd group sizes, common
 // and uncommon head dims.

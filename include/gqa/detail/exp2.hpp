@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// exp2 of non-positive packets: the softmax's only transcendental function.
+/// exp2 of packets: the softmax's only transcendental function. For x <= 64: scores lie at most rescale_slack above
+/// what they are weighed by, and there is no need to handle overflow.
 ///
 /// 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2; 2^f by a polynomial with constant term 1. Exactly: exp2(0) = 1,
 /// exp2(-inf) = +0, NaN stays NaN. Results below the smallest normal number may lose bits or be +0. Relative error of
@@ -46,9 +47,9 @@ template <class A, class L>
   return madd(p, f, broadcast(A{1}));
 }
 
-/// 2^x for x <= 0 in every lane, for results held in L.
+/// 2^x for x <= 64 in every lane, for results held in L.
 template <class A, class L = A>
-[[nodiscard]] inline packet<A> exp2_nonpositive(const packet<A>& x) noexcept {
+[[nodiscard]] inline packet<A> exp2_packet(const packet<A>& x) noexcept {
   if constexpr (has_scale<A>) {
     const packet<A> n = round_to_integer<A>(x);  // x - n is NaN for -inf, whatever it is multiplied by
     return scale_by_power<A>(exp2_fraction<A, L>(sub(x, n)), n);
@@ -66,8 +67,8 @@ template <class A, class L = A>
 
 /// The same function of a scalar, bit for bit.
 template <class A>
-[[nodiscard]] inline A exp2_nonpositive_scalar(A x) noexcept {
-  return first_lane<A>(exp2_nonpositive<A>(broadcast(x)));
+[[nodiscard]] inline A exp2_scalar(A x) noexcept {
+  return first_lane<A>(exp2_packet<A>(broadcast(x)));
 }
 
 }  // namespace GQA_ISA

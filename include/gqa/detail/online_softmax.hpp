@@ -56,13 +56,13 @@ template <class A, class L>
   if (any_less<A>(broadcast(max + rescale_slack<A>), top)) {
     const A raised = max_lane<A>(top);
     if (raised > max + rescale_slack<A>) {  // not so if a lane is NaN: the weights will carry it
-      alpha = exp2_nonpositive_scalar(max - raised);
+      alpha = exp2_scalar(max - raised);
       max = raised;
     }
   }
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
-  const auto weight = [&](int v) { return exp2_nonpositive<A, L>(sub(load(s + v * width), shift)); };
+  const auto weight = [&](int v) { return exp2_packet<A, L>(sub(load(s + v * width), shift)); };
   packet<A> sum = zeros<A>();
   if constexpr (std::is_same_v<A, L>) {
     for (int v = 0; v < vectors; ++v) {
@@ -103,7 +103,7 @@ void merge_row(const raw_states<A>& self, const raw_states<A>& other, index_t ro
   const A* const more = other.out + row * out_stride;
   const A top = other.max[row] > self.max[row] ? other.max[row] : self.max[row];
   const A shift = top == minus_infinity<A> ? A{0} : top;
-  const A keep = exp2_nonpositive_scalar(self.max[row] - shift), take = exp2_nonpositive_scalar(other.max[row] - shift);
+  const A keep = exp2_scalar(self.max[row] - shift), take = exp2_scalar(other.max[row] - shift);
   self.max[row] = top;
   self.sum[row] = scalar_madd(other.sum[row], take, scalar_mul(self.sum[row], keep));
   const packet<A> keep_all = broadcast(keep), take_all = broadcast(take);
@@ -126,8 +126,8 @@ template <class A>
   const A top = sink2 > max ? sink2 : max;
   if (top == minus_infinity<A> && sum == A{0}) return {A{0}, A{0}, minus_infinity<A>};
   const A shift = top == minus_infinity<A> ? A{0} : top;
-  const A scale = exp2_nonpositive_scalar(max - shift);
-  const A total = scalar_madd(sum, scale, exp2_nonpositive_scalar(sink2 - shift));
+  const A scale = exp2_scalar(max - shift);
+  const A total = scalar_madd(sum, scale, exp2_scalar(sink2 - shift));
   const double lse = scalar_madd(static_cast<double>(shift), std::numbers::ln2, std::log(static_cast<double>(total)));
   // With only the sink the logarithm is the sink itself, unrounded.
   return {scale, total, sum == A{0} ? sink : static_cast<A>(lse)};

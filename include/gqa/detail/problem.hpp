@@ -27,7 +27,6 @@ struct query_rows {
   const void* data = nullptr;
   std::array<index_t, 3> strides{};
   void (*load_row)(const void*, index_t offset, index_t dim, double factor, L* to) noexcept = nullptr;
-  index_t element_size = 0;
 
   template <class Q>
   static query_rows of(const tensor_view<const Q, 4>& q) noexcept {
@@ -42,17 +41,11 @@ struct query_rows {
               }
               for (; d < dim; ++d)
                 to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
-            },
-            index_t{sizeof(Q)}};
+            }};
   }
 
   void load(index_t b, index_t s, index_t h, index_t dim, double factor, L* to) const noexcept {
     load_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, factor, to);
-  }
-  /// Asks for a row that is loaded soon.
-  void fetch(index_t b, index_t s, index_t h, index_t dim) const noexcept {
-    const index_t offset = b * strides[0] + s * strides[1] + h * strides[2];
-    for (index_t byte = 0; byte < dim * element_size; byte += 64) prefetch(data, offset * element_size + byte);
   }
 };
 

@@ -189,18 +189,14 @@ class scheduler {
     });
   }
 
-  /// How the key tiles of the wave's pairs are read.
-  struct tile_reader {
-    const scheduler& of;
-    index_t first_pair;
-
-    /// Tile i of a pair, from where it lies packed or into scratch.
-    [[nodiscard]] kv_tile<P> operator()(index_t b, index_t g, index_t i, P* scratch) const noexcept {
-      if (!of.packs_) return of.kv_.tile(b, g, i, of.engine_.tokens_of(b, i), scratch);
-      const index_t slot = b * of.problem_.shape.kv_heads + g - first_pair;
-      return of.tiles_[slot * of.most_tiles_ + i - of.pair_tiles(b).begin];
-    }
-  };
+  /// How key tile i of a pair of the wave is read: the function tile_at(b, g, i, scratch).
+  [[nodiscard]] auto tile_reader(index_t first_pair) const noexcept {
+    return [this, first_pair](index_t b, index_t g, index_t i, P* scratch) noexcept {
+      if (!packs_) return kv_.tile(b, g, i, engine_.tokens_of(b, i), scratch);
+      const index_t slot = b * problem_.shape.kv_heads + g - first_pair;
+      return tiles_[slot * most_tiles_ + i - pair_tiles(b).begin];
+    };
+  }
 
   /// One row tile of a bundle at work.
   struct member {
@@ -276,7 +272,7 @@ class scheduler {
 
   /// A task is a bundle: its splits from left to right, merged as they finish. Late rows see most keys: first.
   void attend_rows(index_t first, index_t count) {
-    const tile_reader tile_at{*this, first};
+    const auto tile_at = tile_reader(first);
     for_each(count / bundle_ * row_tiles_, [&](index_t task, index_t worker) {
       const bundle item{first + task / row_tiles_ * bundle_, row_tiles_ - 1 - task % row_tiles_};
       load_queries(item, worker);
@@ -315,7 +311,7 @@ class scheduler {
 
   /// A task is one split of a bundle; then one task a row tile merges the splits from left to right.
   void attend_splits(index_t first, index_t count) {
-    const tile_reader tile_at{*this, first};
+    const auto tile_at = tile_reader(first);
     for_each(count / bundle_ * row_tiles_ * most_splits_, [&](index_t task, index_t worker) {
       const index_t i = task / most_splits_, split_index = task % most_splits_;
       const bundle item{first + i / row_tiles_ * bundle_, i % row_tiles_};

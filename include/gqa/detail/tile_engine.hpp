@@ -36,9 +36,6 @@ inline namespace GQA_ISA {
 /// 172 KB) stay in L2 beside a tile of K and V.
 inline constexpr index_t row_tile_rows = 96;
 
-/// Queries are asked for this many rows before they are loaded: a row is too short for hardware prefetchers to follow.
-inline constexpr index_t rows_ahead = 8;
-
 /// Some rows of a (sequence, KV head).
 struct row_tile {
   index_t b, g;
@@ -145,8 +142,6 @@ class tile_engine {
     for (index_t r = 0; r < t.rows; ++r) {
       const row_index row = index_of(t, r);
       L* const to = w.q + r * q_stride();
-      const row_index later = index_of(t, std::min(r + rows_ahead, t.rows - 1));
-      problem_.q.fetch(later.batch, later.query, later.q_head, dim);
       problem_.q.load(row.batch, row.query, row.q_head, dim, rules_.query_factor(), to);
       std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     }

@@ -6,11 +6,11 @@
 ///     values:  O [rows, E]  = alpha O + P V        B = V panels [16/p][<=64][p],  depth 16 a panel
 ///
 /// A step broadcasts p elements of each row of A and multiplies them by a row of `Vectors` packets of B
-/// (simd/product.hpp: p = 1 but for bfloat16, 2 neighbours in a 32-bit lane). The block has
-/// to hide the latency of the multiply-add (4 cycles x 2 a cycle on current x86, 4 x 4 on wide Arm): 6 rows x 4 packets
-/// fill 24 of 32 registers and leave 4 for B and one for the broadcast; with 16 registers 6 x 2 + 2 + 1. A step loads
-/// Vectors + Rows elements or packets for Rows * Vectors multiply-adds: 10 loads to 24, so loads are not the limit.
-/// For a tile of 64 keys, 6 rows read 256 B of B from L1 or L2 per 24 multiply-adds, 21 B a cycle.
+/// (simd/product.hpp: p = 1 but for bfloat16, 2 neighbours in a 32-bit lane). The block has to hide the latency of the
+/// multiply-add (4 cycles x 2 a cycle on current x86, 4 x 4 on wide Arm): 6 rows x 4 packets fill 24 of 32 registers
+/// and leave 4 for B and one for the broadcast; with 16 registers 6 x 2 + 2 + 1. A step loads Vectors + Rows elements
+/// or packets for Rows * Vectors multiply-adds: 10 loads to 24, so loads are not the limit. For a tile of 64 keys, 6
+/// rows read 256 B of B from L1 or L2 per 24 multiply-adds, 21 B a cycle.
 ///
 /// Order: one accumulator an element, its sum over the depth ascending, one multiply-add each. The block's shape
 /// changes which elements are computed together, never their bits. A sum starts at +0, and O takes it in one
@@ -199,7 +199,9 @@ void score_block_in_order(const block_operands<P, L>& op) noexcept {
     score_columns<P, L, Rows, panel_vectors>(op, panel * panel_tokens);
 }
 
-/// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first.
+/// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
+/// pointers: finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its
+/// speed.)
 template <class P, class L, int Rows, int Vectors>
 void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t block, index_t columns,
                          index_t column) noexcept {
