@@ -77,5 +77,14 @@ TEST(AttentionMatchesReference, OnRandomCases) {
   }
 }
 
+// Weights add up in the order in which they meet the values.
+TEST(ValuesOfOne, GiveExactlyOne) {
+  context ctx;
+  for (unsigned seed = 1; seed <= number_of_random_cases(); ++seed) {
+    const auto in = with_values_of_one<query, stored>(random_case(seed + 3000000));
+    ASSERT_TRUE(gives_ones_over(in, kv_view(in.k.view(), in.v.view()), ctx)) << "seed " << seed;
+  }
+}
+
 }  // namespace
 }  // namespace gqa::test

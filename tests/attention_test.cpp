@@ -148,8 +148,20 @@ TEST(ConstantValues, ComeOutAsTheyWere) {
   for (const index_t t : {1, 64, 65, 1000, 3000}) {
     auto in = make_call({1, 4, t, 4, 2, 64, 64});
     for (auto& v : in.v.data()) v = 1;
-    // Numerator and denominator sum the same weights in two orders.
-    for (const float x : run(in).out) EXPECT_NEAR(static_cast<double>(x), 1.0, 16 * 0x1p-24) << t;
+    for (const float x : run(in).out) EXPECT_EQ(x, 1.0f) << t;
+    // Other values round differently weight by weight.
+    for (auto& v : in.v.data()) v = 0.3f;
+    for (const float x : run(in).out) EXPECT_NEAR(static_cast<double>(x), 0.3, 16 * 0x1p-24) << t;
+  }
+}
+
+// Weights are at most 1, so that sums reach no further than values times keys.
+TEST(ConstantValues, MayBeHuge) {
+  for (const index_t t : {1, 64, 1000}) {
+    auto in = make_call({1, 40, t, 4, 2, 64, 64});
+    const float value = std::numeric_limits<float>::max() / static_cast<float>(t + 1);
+    for (auto& v : in.v.data()) v = value;
+    for (const float x : run(in).out) EXPECT_NEAR(static_cast<double>(x / value), 1.0, 16 * 0x1p-24) << t;
   }
 }
 

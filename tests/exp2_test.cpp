@@ -7,6 +7,7 @@
 #include <limits>
 
 #include <gqa/detail/exp2.hpp>
+#include <gqa/detail/online_softmax.hpp>
 
 #include "support/rng.hpp"
 
@@ -81,10 +82,14 @@ TEST(Exp2, ForBfloat16IsWithinItsPolynomial) {
   EXPECT_LE(worst, 7.1e-6);
 }
 
-// Scores stay up to 2^8 above the maximum they are weighed by.
-TEST(Exp2, IsAsGoodUpToTheRescaleSlack) {
+// Scores stay up to 8 above what they are weighed by, and weights are 2^-8 of the function's values, exactly.
+TEST(Exp2, IsAsGoodWithinTheHeadroom) {
   double worst = 0;
-  for (float x = 0; x <= 8; x += 0x1p-12f) worst = larger(worst, ulps(x));
+  for (float x = 0; x <= detail::headroom; x += 0x1p-12f) {
+    worst = larger(worst, ulps(x));
+    const auto weight = detail::exp2_packet<float, float, detail::headroom>(detail::broadcast(x));
+    EXPECT_EQ(detail::first_lane<float>(weight), exp2_scalar(x) / (1 << detail::headroom)) << x;
+  }
   EXPECT_LE(worst, 1.0);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// exp2 of packets: the softmax's only transcendental function. For x <= 64: scores lie at most rescale_slack above
-/// what they are weighed by, and there is no need to handle overflow.
+/// exp2 of packets: the softmax's only transcendental function. For x <= 64: scores lie at most `headroom` above what
+/// they are weighed by, and there is no need to handle overflow.
 ///
 /// 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2; 2^f by a polynomial with constant term 1. Exactly: exp2(0) = 1,
 /// exp2(-inf) = +0, NaN stays NaN. Results below the smallest normal number may lose bits or be +0. Relative error of
@@ -37,22 +37,23 @@ inline constexpr double exp2_coefficients<double>[11] = {
     0x1.ffcbfc670dcd4p-17, 0x1.430913096fd9fp-13, 0x1.5d87fe78a5276p-10, 0x1.3b2ab6fba1ddap-7,
     0x1.c6b08d704a0c2p-5,  0x1.ebfbdff82c598p-3,  0x1.62e42fefa39efp-1};
 
-/// 2^f of |f| <= 1/2, for results held in L.
-template <class A, class L>
+/// 2^(f - Below) of |f| <= 1/2, for results held in L. Every coefficient carries 2^-Below, which rounds nothing.
+template <class A, class L, int Below>
 [[nodiscard]] inline packet<A> exp2_fraction(const packet<A>& f) noexcept {
   constexpr int terms = static_cast<int>(std::size(exp2_coefficients<A, L>));
-  packet<A> p = broadcast(exp2_coefficients<A, L>[0]);
+  constexpr A unit = A{1} / (1 << Below);
+  packet<A> p = broadcast(unit * exp2_coefficients<A, L>[0]);
   GQA_UNROLL
-  for (int i = 1; i < terms; ++i) p = madd(p, f, broadcast(exp2_coefficients<A, L>[i]));
-  return madd(p, f, broadcast(A{1}));
+  for (int i = 1; i < terms; ++i) p = madd(p, f, broadcast(unit * exp2_coefficients<A, L>[i]));
+  return madd(p, f, broadcast(unit));
 }
 
-/// 2^x for x <= 64 in every lane, for results held in L.
-template <class A, class L = A>
+/// 2^(x - Below) for x <= 64 in every lane, for results held in L: 2^-Below times 2^x, exactly.
+template <class A, class L = A, int Below = 0>
 [[nodiscard]] inline packet<A> exp2_packet(const packet<A>& x) noexcept {
   if constexpr (has_scale<A>) {
     const packet<A> n = round_to_integer<A>(x);  // x - n is NaN for -inf, whatever it is multiplied by
-    return scale_by_power<A>(exp2_fraction<A, L>(sub(x, n)), n);
+    return scale_by_power<A>(exp2_fraction<A, L, Below>(sub(x, n)), n);
   } else {
     constexpr int bias = std::numeric_limits<A>::max_exponent - 1;  // 127, 1023
     // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low bits; the bias rides along.
@@ -61,7 +62,7 @@ template <class A, class L = A>
     const packet<A> clamped = max_or_nan(x, broadcast(A{-bias}));
     const packet<A> t = add(clamped, broadcast(magic));
     const packet<A> f = sub(clamped, sub(t, broadcast(magic)));
-    return mul<A>(exp2_fraction<A, L>(f), shift_into_exponent<A>(t));
+    return mul<A>(exp2_fraction<A, L, Below>(f), shift_into_exponent<A>(t));
   }
 }
 

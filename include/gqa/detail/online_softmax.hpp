@@ -3,10 +3,13 @@
 /// The softmax of a row, one tile of 64 scores at a time (Milakov and Gimelshein 2018; Dao et al. 2022), and the
 /// algebra of its raw states.
 ///
-/// A raw state is (max, sum, out): a maximum m of the base-2 scores s, sum of 2^(s - m), and sum of 2^(s - m) v, not
-/// normalised. It is empty at m = -inf with sum = 0 and out = 0. Steps and merges rescale by the row's own maxima only,
-/// so a row's bits do not depend on its neighbours. m follows the running maximum at a distance: it rises once a score
-/// is 2^8 times above it (as in FlashAttention-4), for any m serves as long as sums stay in range.
+/// A raw state is (max, sum, out): a reference m of the base-2 scores s, sum of the weights 2^(s - m - 8), and sum of
+/// the weights times v, not normalised. It is empty at m = -inf with sum = 0 and out = 0. Steps and merges rescale by
+/// the row's own references only, so a row's bits do not depend on its neighbours. m follows the running maximum at a
+/// distance: it is the maximum once a score lies 8 above it (as in FlashAttention-4), so that weights are at most 1.
+///
+/// Weights are summed where they meet the values (tile_kernel.hpp), in the same order: the sum is what a column of ones
+/// would have, and values of 1 give exactly 1.
 #pragma once
 
 #include <bit>
@@ -28,11 +31,9 @@ inline namespace GQA_ISA {
 template <class A>
 inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
-/// How far scores may rise above m, in powers of two. The running maximum of random scores rises in one tile out of
-/// five of a split, which no branch predictor foresees; 2^8 above it, hardly ever after the first tile. Weights of up
-/// to 256 lose no precision, but range: sums overflow once values times keys come within 2^-8 of the largest A.
-template <class A>
-inline constexpr A rescale_slack = A{8};
+/// How far scores may rise above m. The running maximum of random scores rises in one tile out of five of a split,
+/// which no branch predictor foresees; by 8, a factor of 2^8, hardly ever after the first tile.
+inline constexpr int headroom = 8;
 
 /// Raw states of the rows of a tile of rows: max [R], sum [R], out [R, padded E].
 template <class A>
@@ -42,57 +43,37 @@ struct raw_states {
   A* out;
 };
 
-/// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m), rounded to L; s and weights may be
-/// the same memory. Updates the row's m and the sum of its weights as rounded, kept in lanes; returns the factor
-/// alpha <= 1 on everything summed so far.
+/// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m - 8), rounded to L; s and weights may
+/// be the same memory. Updates the row's m; returns the factor alpha <= 1 on everything summed so far.
 template <class A, class L>
-[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
-                                        A* lanes /* [packet_size] */) noexcept {
+[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max) noexcept {
   constexpr int width = packet_size<A>;
   constexpr int vectors = static_cast<int>(tile_tokens) / width;
   packet<A> top = load(s);
   for (int v = 1; v < vectors; ++v) top = max_or_nan(top, load(s + v * width));
   A alpha{1};
-  if (any_less<A>(broadcast(max + rescale_slack<A>), top)) {
+  if (any_less<A>(broadcast(max + headroom), top)) {
     const A raised = max_lane<A>(top);
-    if (raised > max + rescale_slack<A>) {  // not so if a lane is NaN: the weights will carry it
+    if (raised > max + headroom) {  // not so if a lane is NaN: the weights will carry it
       alpha = exp2_scalar(max - raised);
       max = raised;
     }
   }
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
-  const auto weight = [&](int v) { return exp2_packet<A, L>(sub(load(s + v * width), shift)); };
-  packet<A> sum = zeros<A>();
+  const auto weight = [&](int v) { return exp2_packet<A, L, headroom>(sub(load(s + v * width), shift)); };
   if constexpr (std::is_same_v<A, L>) {
-    for (int v = 0; v < vectors; ++v) {
-      const packet<A> w = weight(v);
-      store(weights + v * width, w);
-      sum = add(sum, w);
-    }
+    for (int v = 0; v < vectors; ++v) store(weights + v * width, weight(v));
   } else {
-    for (int v = 0; v < vectors; v += 2) sum = store_rounded(weights + v * width, weight(v), weight(v + 1), sum);
+    for (int v = 0; v < vectors; v += 2) store_rounded(weights + v * width, weight(v), weight(v + 1));
   }
-  store(lanes, madd(load(lanes), broadcast(alpha), sum));
   return alpha;
 }
 
 /// The same for several rows, which keep the constants of the exponential in registers.
 template <class A, class L>
-void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* lanes, A* alpha) noexcept {
-  for (index_t r = 0; r < rows; ++r)
-    alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r], lanes + r * packet_size<A>);
-}
-
-/// The sum of a row's lanes, as a tree: the one horizontal sum, at the end of a split.
-template <class A>
-[[nodiscard]] A sum_lanes(const A* lanes) noexcept {
-  A tree[packet_size<A>];
-  for (int i = 0; i < packet_size<A>; ++i) tree[i] = lanes[i];
-  for (int half = packet_size<A> / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
-  }
-  return tree[0];
+void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* alpha) noexcept {
+  for (index_t r = 0; r < rows; ++r) alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r]);
 }
 
 /// self <- self (+) other for one row, over disjoint keys. An empty state changes nothing, or is replaced exactly.
@@ -127,8 +108,10 @@ template <class A>
   if (top == minus_infinity<A> && sum == A{0}) return {A{0}, A{0}, minus_infinity<A>};
   const A shift = top == minus_infinity<A> ? A{0} : top;
   const A scale = exp2_scalar(max - shift);
-  const A total = scalar_madd(sum, scale, exp2_scalar(sink2 - shift));
-  const double lse = scalar_madd(static_cast<double>(shift), std::numbers::ln2, std::log(static_cast<double>(total)));
+  constexpr A unit = A{1} / (1 << headroom);  // what a key at m weighs
+  const A total = scalar_madd(sum, scale, unit * exp2_scalar(sink2 - shift));
+  const double lse =
+      scalar_madd(static_cast<double>(shift), std::numbers::ln2, std::log(static_cast<double>(total / unit)));
   // With only the sink the logarithm is the sink itself, unrounded.
   return {scale, total, sum == A{0} ? sink : static_cast<A>(lse)};
 }

@@ -49,12 +49,12 @@ struct workspace {
   L* q;                    // [rows, q_stride]
   A* s;                    // [rows, 64], scores
   L* p;                    // [rows, 64], weights; in the place of the scores where they have one type
-  A* lanes;                // [rows, packet_size]
   A* alpha;                // [rows]
   raw_states<A> current;   // of the split at work
   raw_states<A> total;     // of the splits before it
   std::uint64_t* visible;  // [rows], a bit a key of the tile at work
-  A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where it is read in place
+  A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where memory is read in order
+  A* tile_weights;         // [rows <= 6]
   P* seen_values;          // values of one tile without those that a row may not see
   bool in_place = false;   // whether the tile at work is read in place
   bool all_seen = false;   // whether every row sees all of it
@@ -81,12 +81,12 @@ struct workspace {
     } else {
       take(w.p, rows * tile_tokens);
     }
-    take(w.lanes, rows * packet_size<A>);
     take(w.alpha, rows);
     take(w.visible, rows);
     take_states(w.current);
     take_states(w.total);
     take(w.tile_sums, std::min<index_t>(rows, block_rows) * out_stride);
+    take(w.tile_weights, std::min<index_t>(rows, block_rows));
     take(w.seen_values, tile_tokens * out_stride);
     return used;
   }
@@ -150,7 +150,6 @@ class tile_engine {
   /// Starts a split: rows that have seen nothing.
   void begin_split(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     clear(t, states);
-    std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
     w.whole = whole_tiles(t);
   }
 
@@ -177,22 +176,19 @@ class tile_engine {
   /// In place, once all groups are scored: their weights.
   void weigh_groups(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (!std::is_same_v<A, L>) multiply(w.s, t.rows * tile_tokens, rules_.score_factor());
-    softmax_steps(t.rows, w.s, w.p, states.max, w.lanes, w.alpha);
+    softmax_steps(t.rows, w.s, w.p, states.max, w.alpha);
     std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
+    std::fill_n(w.tile_weights, t.rows, A{0});
   }
   /// In place, last: the values of group `n` of key tile i.
   void apply_group(const row_tile& t, index_t i, index_t n, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
-      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](rows, w.p + n * group_tokens, w.tile_sums,
-                                                                        out_stride(), problem_.shape.value_dim);
-      if (n + 1 == tile_tokens / group_tokens) add_tile_sums(w.tile_sums, w.alpha, states.out, t.rows, out_stride());
+      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
+          rows, w.p + n * group_tokens, {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
+      if (n + 1 == tile_tokens / group_tokens)
+        add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha, {states.out, states.sum}, t.rows, out_stride());
     }
-  }
-
-  /// Ends a split: adds up the lanes of the sums.
-  void end_split(const row_tile& t, const workspace& w, const raw_states<A>& states) const noexcept {
-    for (index_t r = 0; r < t.rows; ++r) states.sum[r] = sum_lanes(w.lanes + r * packet_size<A>);
   }
 
   void merge(const row_tile& t, const raw_states<A>& self, const raw_states<A>& other) const noexcept {
@@ -347,11 +343,13 @@ class tile_engine {
             w.p + row * tile_tokens,
             states.out + row * out_stride(),
             out_stride(),
+            states.sum + row,
             w.alpha + row,
             out_stride(),
             begin,
             end,
-            w.tile_sums};
+            w.tile_sums,
+            w.tile_weights};
   }
 
   /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
@@ -364,8 +362,7 @@ class tile_engine {
     scores[static_cast<std::size_t>(row_end - row - 1)](op);
     if (row_end == t.rows && reads_in_order(t)) fetch_start(tile.v[0], t.rows);
     if (w.all_seen && rules_.is_plain())
-      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
-                           w.lanes + row * packet_size<A>, w.alpha + row);
+      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row, w.alpha + row);
     for (index_t r = row; r < row_end; ++r) {
       A* const s = w.s + r * tile_tokens;
       L* const p = w.p + r * tile_tokens;
@@ -379,7 +376,7 @@ class tile_engine {
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
-      w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
+      w.alpha[r] = softmax_step(s, p, states.max[r]);
     }
   }
 

@@ -52,6 +52,13 @@ GQA_INLINE void multiply_step(packet<accumulator_t<P>> (&sum)[Rows][Vectors], co
   }
 }
 
+/// sums[r] += the p weights of row r, as a column of ones would have them.
+template <class P, class L, int Rows>
+GQA_INLINE void add_weights(accumulator_t<P> (&sums)[Rows], const L* weights) noexcept {
+  GQA_UNROLL
+  for (int r = 0; r < Rows; ++r) sums[r] = lane_product<P, L>::add_elements(weights + r * tile_tokens, sums[r]);
+}
+
 template <class A, int Rows, int Vectors>
 GQA_INLINE void clear(packet<A> (&sum)[Rows][Vectors]) noexcept {
   GQA_UNROLL
@@ -75,10 +82,12 @@ struct block_operands {
   const L* p;      // weights; row stride 64
   A* out;
   index_t out_stride;
+  A* weight_sums;  // [Rows]
   const A* alpha;
   index_t value_dim;               // padded
   index_t panel_begin, panel_end;  // the panels that some row of the block sees
-  A* sums;                         // [Rows, padded E], scratch of products in the order of memory
+  A* tile_sums;                    // [Rows, padded E] and
+  A* tile_weights;                 // [Rows]: scratch of products in the order of memory
 };
 
 /// S[:, column : column + Vectors packets] = Q K^T.
@@ -111,13 +120,14 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
 }
 
 /// O[:, column : column + Vectors packets] = alpha O + P V, within one block of value columns `columns` wide.
-template <class P, class L, int Rows, int Vectors>
+template <class P, class L, int Rows, int Vectors, bool Weights>
 void value_columns(const block_operands<P, L>& op, index_t block, index_t columns, index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
   constexpr index_t lanes = lane_elements<P>;
   packet<A> sum[Rows][Vectors];
   clear<A>(sum);
+  A weights[Rows] = {};
   // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
   const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
@@ -128,6 +138,7 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
     multiply_step<P, L>(sum, op.p + t, tile_tokens, b);
+    if constexpr (Weights) add_weights<P, L, Rows>(weights, op.p + t);
   }
   A* const out = op.out + block + column;
   // Once maxima have settled alpha is 1, and O + sum the same bits for an addition, which some cores do beside their
@@ -141,6 +152,10 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
       A* const to = out + r * op.out_stride + v * width;
       store(to, settled ? add(load(to), sum[r][v]) : madd(load(to), broadcast(op.alpha[r]), sum[r][v]));
     }
+  }
+  if constexpr (Weights) {
+    GQA_UNROLL
+    for (int r = 0; r < Rows; ++r) op.weight_sums[r] = scalar_madd(op.weight_sums[r], op.alpha[r], weights[r]);
   }
 }
 
@@ -176,18 +191,31 @@ void value_block_rows(const block_operands<P, L>& op) noexcept {
   for (index_t block = 0; block < op.value_dim; block += value_block) {
     const index_t columns = std::min(value_block, op.value_dim - block);
     for_each_column_block<accumulator_t<P>>(0, columns, [&]<int Vectors>(index_t column) {
-      value_columns<P, L, Rows, Vectors>(op, block, columns, column);
+      if (block + column == 0) {
+        value_columns<P, L, Rows, Vectors, true>(op, block, columns, column);
+      } else {
+        value_columns<P, L, Rows, Vectors, false>(op, block, columns, column);
+      }
     });
   }
 }
 
-/// O [Rows, E] = alpha O + the sums of a tile, once all of its groups are in.
+/// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows].
 template <class A>
-void add_tile_sums(const A* sums, const A* alpha, A* out, index_t rows, index_t stride) noexcept {
+struct weighted_sums {
+  A* values;
+  A* weights;
+};
+
+/// total [Rows] = alpha total + the sums of a tile, once all of it is in.
+template <class A>
+void add_tile_sums(const weighted_sums<A>& tile, const A* alpha, const weighted_sums<A>& total, index_t rows,
+                   index_t stride) noexcept {
   for (index_t r = 0; r < rows; ++r) {
     const packet<A> scale = broadcast(alpha[r]);
     for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
-      store(out + e, madd(load(out + e), scale, load(sums + e)));
+      store(total.values + e, madd(load(total.values + e), scale, load(tile.values + e)));
+    total.weights[r] = scalar_madd(total.weights[r], alpha[r], tile.weights[r]);
   }
 }
 
@@ -202,13 +230,13 @@ void score_block_in_order(const block_operands<P, L>& op) noexcept {
 /// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
 /// pointers: finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its
 /// speed.)
-template <class P, class L, int Rows, int Vectors>
+template <class P, class L, int Rows, int Vectors, bool Weights>
 void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t block, index_t columns,
                          index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
   constexpr index_t lanes = lane_elements<P>;
-  A* const sums = op.sums + block + column;
+  A* const sums = op.tile_sums + block + column;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -216,12 +244,16 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
     for (int v = 0; v < Vectors; ++v)
       sum[r][v] = panel == op.panel_begin ? zeros<A>() : load(sums + r * op.out_stride + v * width);
   }
+  A weights[Rows] = {};
+  GQA_UNROLL
+  for (int r = 0; Weights && r < Rows; ++r) weights[r] = panel == op.panel_begin ? A{0} : op.tile_weights[r];
   const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + block * panel_tokens + column * lanes;
   const P* b[Vectors];
   GQA_UNROLL
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
+    if constexpr (Weights) add_weights<P, L, Rows>(weights, op.p + panel * panel_tokens + t);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += columns * lanes;
   }
@@ -229,6 +261,7 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) store(sums + r * op.out_stride + v * width, sum[r][v]);
+    if constexpr (Weights) op.tile_weights[r] = weights[r];
   }
 }
 
@@ -240,11 +273,15 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
     for (index_t block = 0; block < op.value_dim; block += value_block) {
       const index_t columns = std::min(value_block, op.value_dim - block);
       for_each_column_block<A>(0, columns, [&]<int Vectors>(index_t column) {
-        value_panel_columns<P, L, Rows, Vectors>(op, panel, block, columns, column);
+        if (block + column == 0) {
+          value_panel_columns<P, L, Rows, Vectors, true>(op, panel, block, columns, column);
+        } else {
+          value_panel_columns<P, L, Rows, Vectors, false>(op, panel, block, columns, column);
+        }
       });
     }
   }
-  add_tile_sums(op.sums, op.alpha, op.out, Rows, op.out_stride);
+  add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
 }
 
 /// The products for each number of rows in a block: those for many row blocks, which read a tile from cache, and those

@@ -45,6 +45,7 @@ struct lane_product {
   [[nodiscard]] GQA_INLINE static packet<L> madd(const left& a, const right& b, const packet<L>& c) noexcept {
     return detail::madd(a, b, c);
   }
+  [[nodiscard]] GQA_INLINE static L add_elements(const L* elements, L sum) noexcept { return sum + *elements; }
 };
 
 /// Pairs of bfloat16 times floats: the first of each pair, then the second.
@@ -63,9 +64,12 @@ struct lane_product<Eigen::bfloat16, float> {
   [[nodiscard]] GQA_INLINE static packet<float> madd(const left& a, const right& b, const packet<float>& c) noexcept {
     return detail::madd(a, b, c);
   }
+  [[nodiscard]] GQA_INLINE static float add_elements(const float* elements, float sum) noexcept {
+    return sum + elements[0] + elements[1];
+  }
 };
 
-#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 template <>
 inline constexpr bool has_dot<Eigen::bfloat16> = true;
 
@@ -87,6 +91,12 @@ struct lane_product<Eigen::bfloat16, Eigen::bfloat16> {
   [[nodiscard]] GQA_INLINE static packet<float> madd(const left& a, const right& b, const packet<float>& c) noexcept {
     return _mm512_dpbf16_ps(c, a, b);
   }
+  [[nodiscard]] GQA_INLINE static float add_elements(const Eigen::bfloat16* elements, float sum) noexcept {
+    std::int32_t pair;
+    std::memcpy(&pair, elements, sizeof(pair));
+    const auto ones = std::bit_cast<__m128bh>(_mm_set1_epi32(0x3f803f80));
+    return _mm_cvtss_f32(_mm_dpbf16_ps(_mm_set_ss(sum), std::bit_cast<__m128bh>(_mm_cvtsi32_si128(pair)), ones));
+  }
 };
 
 /// A packet's width of neighbouring columns of two rows, the first row's in the first element of each pair.
@@ -97,13 +107,9 @@ struct lane_product<Eigen::bfloat16, Eigen::bfloat16> {
   return std::bit_cast<__m512bh>(_mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16)));
 }
 
-/// Rounds two packets to bfloat16 and stores them one after the other; returns `sum` plus what was stored, two
-/// neighbours a lane.
-[[nodiscard]] GQA_INLINE packet<float> store_rounded(Eigen::bfloat16* to, const packet<float>& first,
-                                                     const packet<float>& second, const packet<float>& sum) noexcept {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
-  _mm512_storeu_si512(to, std::bit_cast<__m512i>(rounded));
-  return _mm512_dpbf16_ps(sum, rounded, std::bit_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80)));
+/// Rounds two packets to bfloat16 and stores them one after the other.
+GQA_INLINE void store_rounded(Eigen::bfloat16* to, const packet<float>& first, const packet<float>& second) noexcept {
+  _mm512_storeu_si512(to, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 #endif
 
