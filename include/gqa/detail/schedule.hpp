@@ -35,7 +35,7 @@ inline constexpr double packed_bytes = 64 << 20;
 inline constexpr double split_state_bytes = 64 << 20;
 
 /// Bundles pay as long as a handful of rows shares what is read, and their states stay in L2.
-inline constexpr index_t bundle_rows = 16;
+inline constexpr index_t bundle_rows = 32;
 
 /// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.
 inline constexpr double serial_work = 1 << 20;
@@ -241,6 +241,8 @@ class scheduler {
     const std::span<member> members = all.first(count);
     for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
     for (index_t i = split.begin; i < split.end; ++i) {
+      if (count == 1) i = engine_.stream(members[0].rows, {i, split.end}, members[0].w, members[0].states);
+      if (i == split.end) break;
       bool in_place = false;
       for (member& m : members) {
         engine_.attend(m.rows, i, tile_at, m.w, m.states);

@@ -80,10 +80,11 @@ template <class P>
 struct kv_tile {
   std::array<const P*, tile_panels> k{};
   std::array<const P*, tile_panels> v{};
+  const P* next = nullptr;             // where the next tile may lie, to be asked for in time
   std::uint32_t nonfinite_values = 0;  // bit i: panel i holds a value that is NaN or infinite
 };
 
-/// Four panels side by side, keys first: how caches store a tile and packing fills one.
+/// Four panels side by side, keys first, then the next tile: how caches store tiles and packing fills them.
 template <class P>
 [[nodiscard]] kv_tile<P> contiguous_tile(const P* memory, index_t head_dim, index_t value_dim,
                                          std::uint32_t nonfinite_values) noexcept {
@@ -93,6 +94,7 @@ template <class P>
     tile.k[static_cast<std::size_t>(panel)] = memory + panel * keys;
     tile.v[static_cast<std::size_t>(panel)] = memory + tile_panels * keys + panel * values;
   }
+  tile.next = memory + tile_panels * (keys + values);
   tile.nonfinite_values = nonfinite_values;
   return tile;
 }

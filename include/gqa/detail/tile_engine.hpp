@@ -53,8 +53,8 @@ struct workspace {
   raw_states<A> current;   // of the split at work
   raw_states<A> total;     // of the splits before it
   std::uint64_t* visible;  // [rows], a bit a key of the tile at work
-  A* tile_sums;            // [rows <= 6, out_stride], of the tile at work where memory is read in order
-  A* tile_weights;         // [rows <= 6]
+  A* tile_sums;            // [rows <= 8, out_stride], of the tile at work where memory is read in order
+  A* tile_weights;         // [rows <= 8]
   P* seen_values;          // values of one tile without those that a row may not see
   bool in_place = false;   // whether the tile at work is read in place
   bool all_seen = false;   // whether every row sees all of it
@@ -85,8 +85,8 @@ struct workspace {
     take(w.visible, rows);
     take_states(w.current);
     take_states(w.total);
-    take(w.tile_sums, std::min<index_t>(rows, block_rows) * out_stride);
-    take(w.tile_weights, std::min<index_t>(rows, block_rows));
+    take(w.tile_sums, std::min<index_t>(rows, stream_rows<A>) * out_stride);
+    take(w.tile_weights, std::min<index_t>(rows, stream_rows<A>));
     take(w.seen_values, tile_tokens * out_stride);
     return used;
   }
@@ -106,8 +106,9 @@ class tile_engine {
         variant_(variant),
         rules_(p, variant),
         interval_(p.interval()),
-        reads_rows_(has_rows && rules_.is_plain() && !p.options.mask && !hides_positions<Variant> &&
-                    !hides_blocks<Variant> && takes_rows(p.shape)) {}
+        sees_intervals_(!p.options.mask && !hides_positions<Variant> && !hides_blocks<Variant>),
+        streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
+        reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -157,12 +158,26 @@ class tile_engine {
   /// of it, this is left to the three steps below, and w.in_place says so.
   template <class TileAt>
   void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace& w, const raw_states<A>& states) const {
-    const visibility seen = find_visible(t, i, w);
+    const visibility block = find_block_visible(t, i);
+    w.all_seen = block == visibility::all && w.whole.begin <= i && i < w.whole.end && !problem_.options.mask;
     // Nothing may be hidden: values in place cannot be kept out of a sum, were they NaN. What decides is the call's
     // shape and options; the contents of a mask would let one head's mask choose another's kernel, and so its bits.
-    w.in_place = reads_rows_ && seen == visibility::all && rows_of(t.g) <= block_rows;
-    w.all_seen = seen == visibility::all;
-    if (seen != visibility::none && !w.in_place) attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+    w.in_place = reads_rows_ && w.all_seen && rows_of(t.g) <= block_rows;
+    if (w.in_place || block == visibility::none || !find_visible(t, i, block, w)) return;
+    attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+  }
+
+  /// Attends to the first of the key tiles as far as they lie in memory and a single row block sees all of them, with
+  /// plain scores: most of a decode step. It waits for memory more than it computes, so tiles are read as one stream
+  /// and nothing stands between the products but the softmax. Returns where it stopped.
+  [[nodiscard]] index_t stream(const row_tile& t, key_range tiles, workspace& w,
+                               const raw_states<A>& states) const noexcept {
+    index_t i = tiles.begin;
+    if (!streams_ || t.rows > stream_rows<A> || i < w.whole.begin) return i;
+    w.all_seen = true;
+    for (; i < std::min(tiles.end, w.whole.end); ++i)
+      stream_tile(t, kv_.tile(t.b, t.g, i, tile_tokens, nullptr), w, states);
+    return i;
   }
 
   /// In place, first: the scores of group `n` of key tile i.
@@ -254,14 +269,12 @@ class tile_engine {
     }
   }
 
-  /// Fills the bits of each row for key tile i, and says whether none or all of its 64 keys are seen by every row.
-  [[nodiscard]] visibility find_visible(const row_tile& t, index_t i, const workspace& w) const {
-    const visibility block = find_block_visible(t, i);
-    if (block == visibility::none) return block;
+  /// Fills the bits of each row for key tile i, and says whether any is set.
+  [[nodiscard]] bool find_visible(const row_tile& t, index_t i, visibility block, const workspace& w) const {
     std::uint64_t* const visible = w.visible;
-    if (w.whole.begin <= i && i < w.whole.end && !problem_.options.mask && block == visibility::all) {
+    if (w.all_seen) {
       std::fill_n(visible, t.rows, all_keys);
-      return visibility::all;
+      return true;
     }
     const index_t keys = length(t.b), first_key = i * tile_tokens;
     std::uint64_t any = 0;
@@ -274,7 +287,7 @@ class tile_engine {
       visible[r] = bits;
       any |= bits;
     }
-    return any == 0 ? visibility::none : visibility::some;
+    return any != 0;
   }
 
   [[nodiscard]] std::uint64_t keep_unmasked(std::uint64_t bits, const row_index& row,
@@ -312,20 +325,36 @@ class tile_engine {
     for (index_t block = 0; block < blocks; ++block)
       weigh_block(t, first_row(block), first_row(block + 1), i, tile, w, states);
     for (index_t block = 0; block < blocks; ++block)
-      apply_block(t, first_row(block), first_row(block + 1), tile, w, states);
-    if (reads_in_order(t) && (i + 1) * tile_tokens < length(t.b))
-      fetch_start(kv_.tile(t.b, t.g, i + 1, 0, nullptr).k[0], t.rows);
+      apply_block(first_row(block), first_row(block + 1), tile, w, states);
   }
 
-  /// Asks for the start of what is read next, to keep memory busy while something else is computed: a row's softmax and
-  /// its share of a tile's bookkeeping take some 20 ns, in which half a kilobyte comes.
-  static void fetch_start(const P* from, index_t rows) noexcept {
-    for (index_t byte = 0; byte < 512 * rows; byte += 64) prefetch(from, byte);
+  void stream_tile(const row_tile& t, const kv_tile<P>& tile, workspace& w,
+                   const raw_states<A>& states) const noexcept {
+    using kernels = row_block_kernels<P, L>;
+    const auto rows = static_cast<std::size_t>(t.rows - 1);
+    const block_operands<P, L> op = operands_of(0, t.rows, tile, w, states);
+    kernels::streamed_scores[rows](op);
+    fetch_start(tile.v[0]);
+    softmax_steps(t.rows, op.s, w.p, states.max, w.alpha);
+    kernels::streamed_values[rows](op);
+    fetch_start(tile.next);
   }
 
-  /// Few rows wait for memory: tiles that lie there are best read as one stream.
-  [[nodiscard]] bool reads_in_order(const row_tile& t) const noexcept {
-    return t.rows <= 2 * block_rows && kv_.scratch_elements() == 0;
+  /// Asks for the start of what is read next, so that memory stays busy while something else is computed. (More of it,
+  /// by the rows' softmax, gains nothing for 1 row and costs 4 rows a twentieth.)
+  static void fetch_start(const P* from) noexcept {
+    for (index_t byte = 0; byte < 512; byte += 64) prefetch(from, byte);
+  }
+
+  /// What row block `block` asks for of the next tile, until blocks before it have asked for all of it.
+  [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, index_t block) const noexcept {
+    constexpr index_t steps = tile_tokens / lane_elements<P>;
+    const index_t key_bytes = tile_panels * key_panel_elements<P>(problem_.shape.head_dim) * index_t{sizeof(P)};
+    const index_t value_bytes = tile_panels * value_panel_elements(out_stride()) * index_t{sizeof(P)};
+    const index_t keys = block * bytes_fetched(steps * problem_.shape.head_dim / block_columns<A>);
+    const index_t values = block * bytes_fetched(steps * ceil_div(out_stride(), block_columns<A>));
+    if (keys >= key_bytes && values >= value_bytes) return {tile.k[0], 0, 0};  // at hand: costs nothing
+    return {tile.next, keys, key_bytes + values};
   }
 
   [[nodiscard]] block_operands<P, L> operands_of(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
@@ -349,7 +378,8 @@ class tile_engine {
             begin,
             end,
             w.tile_sums,
-            w.tile_weights};
+            w.tile_weights,
+            next_of(tile, ceil_div(row, block_rows))};
   }
 
   /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
@@ -358,9 +388,7 @@ class tile_engine {
     const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
     using kernels = row_block_kernels<P, L>;
-    const auto& scores = reads_in_order(t) ? kernels::scores_in_order : kernels::scores;
-    scores[static_cast<std::size_t>(row_end - row - 1)](op);
-    if (row_end == t.rows && reads_in_order(t)) fetch_start(tile.v[0], t.rows);
+    kernels::scores[static_cast<std::size_t>(row_end - row - 1)](op);
     if (w.all_seen && rules_.is_plain())
       return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row, w.alpha + row);
     for (index_t r = row; r < row_end; ++r) {
@@ -398,7 +426,7 @@ class tile_engine {
   }
 
   /// O = alpha O + P V of rows [row, row_end).
-  void apply_block(const row_tile& t, index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
+  void apply_block(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const noexcept {
     const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
@@ -408,8 +436,7 @@ class tile_engine {
       return;
     }
     using kernels = row_block_kernels<P, L>;
-    const auto& values = reads_in_order(t) ? kernels::values_in_order : kernels::values;
-    values[static_cast<std::size_t>(row_end - row - 1)](op);
+    kernels::values[static_cast<std::size_t>(row_end - row - 1)](op);
   }
 
   /// 0 times NaN is NaN: a row meets zeros in the place of values that it may not see. Same sums, so the same bits.
@@ -436,7 +463,9 @@ class tile_engine {
   const Variant& variant_;
   score_rules<A, L, Variant> rules_;
   interval_rule interval_;
-  bool reads_rows_;
+  bool sees_intervals_;  // whether the interval rules alone decide what is seen
+  bool streams_;         // whether few rows stream tiles, which lie in memory then
+  bool reads_rows_;      // whether few rows read rows of tensors in place
 };
 
 }  // namespace GQA_ISA

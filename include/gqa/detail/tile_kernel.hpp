@@ -21,6 +21,7 @@
 #include <array>
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/packet.hpp>
@@ -32,6 +33,26 @@ inline namespace GQA_ISA {
 
 inline constexpr int block_rows = 6;
 inline constexpr int block_vectors = packet_registers == 32 ? 4 : 2;
+template <class A>
+inline constexpr index_t block_columns = index_t{block_vectors} * packet_size<A>;
+
+/// Rows of a block that streams a tile from memory: a sum for each in a panel's width, and 2 packets of values for more
+/// than 6. (8 rows gain a fifth over two blocks of 4 that fetch ahead, 12 would lose as much.)
+template <class A>
+inline constexpr int stream_rows = (packet_size<A> == panel_tokens && packet_registers == 32) ? 8 : block_rows;
+
+/// Several row blocks ask for the next tile while they compute, a cache line a step, for one prefetch hides among 24
+/// multiply-adds, and two do not. Four blocks ask for all of a tile of floats or bfloat16 (64 D elements of keys in D /
+/// p steps, 64 E of values in E / p), two for all of one of half.
+[[nodiscard]] constexpr index_t bytes_fetched(index_t steps) noexcept {
+  return 64 * steps;
+}
+/// What a row block asks for: from so many bytes after `at` on.
+template <class P>
+struct next_tile {
+  const P* at;
+  index_t keys, values;
+};
 
 /// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
 template <class P, class L, int Rows, int Vectors>
@@ -88,10 +109,11 @@ struct block_operands {
   index_t panel_begin, panel_end;  // the panels that some row of the block sees
   A* tile_sums;                    // [Rows, padded E] and
   A* tile_weights;                 // [Rows]: scratch of products in the order of memory
+  next_tile<P> next;
 };
 
 /// S[:, column : column + Vectors packets] = Q K^T.
-template <class P, class L, int Rows, int Vectors>
+template <class P, class L, int Rows, int Vectors, bool Fetches>
 void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
@@ -104,7 +126,9 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     const index_t c = column + v * width;
     b[v] = op.tile.k[static_cast<std::size_t>(c / panel_tokens)] + c % panel_tokens * lanes;
   }
+  index_t next = op.next.keys + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
+    if constexpr (Fetches) prefetch(op.next.at, next), next += 64;
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -130,7 +154,9 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
   A weights[Rows] = {};
   // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
   const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
+  index_t next = op.next.values + (block + column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
+    prefetch(op.next.at, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
         op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * columns;
@@ -160,16 +186,16 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
 }
 
 /// Calls f.template operator()<Vectors>(column) so that blocks of packets cover [begin, end), multiples of 16 columns.
-template <class A, class F>
+template <class A, int Most = block_vectors, class F>
 GQA_INLINE void for_each_column_block(index_t begin, index_t end, const F& f) noexcept {
   constexpr index_t width = packet_size<A>;
-  constexpr index_t full = block_vectors * width;
+  constexpr index_t full = Most * width;
   index_t column = begin;
-  for (; column + full <= end; column += full) f.template operator()<block_vectors>(column);
+  for (; column + full <= end; column += full) f.template operator()<Most>(column);
   if constexpr (full > panel_tokens) {
     constexpr int panel_vectors = static_cast<int>(panel_tokens / width);  // 1 with 16 lanes, 2 with 8
     const index_t left = (end - column) / panel_tokens;
-    if constexpr (block_vectors > 3 * panel_vectors) {
+    if constexpr (Most > 3 * panel_vectors) {
       if (left == 3) f.template operator()<3 * panel_vectors>(column);
       if (left == 2) f.template operator()<2 * panel_vectors>(column);
     }
@@ -182,7 +208,7 @@ template <class P, class L, int Rows>
 void score_block(const block_operands<P, L>& op) noexcept {
   for_each_column_block<accumulator_t<P>>(
       op.panel_begin * panel_tokens, op.panel_end * panel_tokens,
-      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors>(op, column); });
+      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, true>(op, column); });
 }
 
 /// Output of a row block after the tile.
@@ -224,7 +250,7 @@ template <class P, class L, int Rows>
 void score_block_in_order(const block_operands<P, L>& op) noexcept {
   constexpr int panel_vectors = static_cast<int>(panel_tokens / packet_size<accumulator_t<P>>);
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel)
-    score_columns<P, L, Rows, panel_vectors>(op, panel * panel_tokens);
+    score_columns<P, L, Rows, panel_vectors, false>(op, panel * panel_tokens);
 }
 
 /// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
@@ -269,10 +295,11 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
 template <class P, class L, int Rows>
 void value_block_in_order(const block_operands<P, L>& op) noexcept {
   using A = accumulator_t<P>;
+  constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
     for (index_t block = 0; block < op.value_dim; block += value_block) {
       const index_t columns = std::min(value_block, op.value_dim - block);
-      for_each_column_block<A>(0, columns, [&]<int Vectors>(index_t column) {
+      for_each_column_block<A, vectors>(0, columns, [&]<int Vectors>(index_t column) {
         if (block + column == 0) {
           value_panel_columns<P, L, Rows, Vectors, true>(op, panel, block, columns, column);
         } else {
@@ -284,22 +311,36 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
   add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
 }
 
-/// The products for each number of rows in a block: those for many row blocks, which read a tile from cache, and those
-/// for few, which read it from memory.
+/// A product of a row block.
+template <class P, class L>
+using row_block_kernel = void (*)(const block_operands<P, L>&) noexcept;
+
+/// The products of 1, 2, ... rows: those of many row blocks, which read a tile from cache, and those of a single one,
+/// which streams it from memory.
+template <class P, class L, int... Before>
+[[nodiscard]] constexpr auto score_kernels(std::integer_sequence<int, Before...>) noexcept {
+  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{score_block<P, L, Before + 1>...};
+}
+template <class P, class L, int... Before>
+[[nodiscard]] constexpr auto value_kernels(std::integer_sequence<int, Before...>) noexcept {
+  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{value_block_rows<P, L, Before + 1>...};
+}
+template <class P, class L, int... Before>
+[[nodiscard]] constexpr auto streamed_score_kernels(std::integer_sequence<int, Before...>) noexcept {
+  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{score_block_in_order<P, L, Before + 1>...};
+}
+template <class P, class L, int... Before>
+[[nodiscard]] constexpr auto streamed_value_kernels(std::integer_sequence<int, Before...>) noexcept {
+  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{value_block_in_order<P, L, Before + 1>...};
+}
+
 template <class P, class L>
 struct row_block_kernels {
-  using kernel = void (*)(const block_operands<P, L>&) noexcept;
-  using kernels = std::array<kernel, block_rows>;
-  static constexpr kernels scores = {score_block<P, L, 1>, score_block<P, L, 2>, score_block<P, L, 3>,
-                                     score_block<P, L, 4>, score_block<P, L, 5>, score_block<P, L, 6>};
-  static constexpr kernels values = {value_block_rows<P, L, 1>, value_block_rows<P, L, 2>, value_block_rows<P, L, 3>,
-                                     value_block_rows<P, L, 4>, value_block_rows<P, L, 5>, value_block_rows<P, L, 6>};
-  static constexpr kernels scores_in_order = {score_block_in_order<P, L, 1>, score_block_in_order<P, L, 2>,
-                                              score_block_in_order<P, L, 3>, score_block_in_order<P, L, 4>,
-                                              score_block_in_order<P, L, 5>, score_block_in_order<P, L, 6>};
-  static constexpr kernels values_in_order = {value_block_in_order<P, L, 1>, value_block_in_order<P, L, 2>,
-                                              value_block_in_order<P, L, 3>, value_block_in_order<P, L, 4>,
-                                              value_block_in_order<P, L, 5>, value_block_in_order<P, L, 6>};
+  static constexpr std::make_integer_sequence<int, block_rows> block{};
+  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streamed{};
+  static constexpr auto scores = score_kernels<P, L>(block), values = value_kernels<P, L>(block);
+  static constexpr auto streamed_scores = streamed_score_kernels<P, L>(streamed);
+  static constexpr auto streamed_values = streamed_value_kernels<P, L>(streamed);
 };
 
 }  // namespace GQA_ISA
