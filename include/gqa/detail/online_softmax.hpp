@@ -9,7 +9,9 @@
 /// distance: it is the maximum once a score lies 8 above it (as in FlashAttention-4), so that weights are at most 1.
 ///
 /// Weights are summed where they meet the values (tile_kernel.hpp), in the same order: the sum is what a column of ones
-/// would have, and values of 1 give exactly 1.
+/// would have, and values of 1 give exactly 1. Only weights in 16 bits, whose pairs would have to be taken apart for it
+/// (3 % of a prefill), are summed here, in lanes: values of 1 give 1 within a few ulps of a float, exactly 1 once
+/// rounded.
 #pragma once
 
 #include <bit>
@@ -44,9 +46,11 @@ struct raw_states {
 };
 
 /// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m - 8), rounded to L; s and weights may
-/// be the same memory. Updates the row's m; returns the factor alpha <= 1 on everything summed so far.
+/// be the same memory. Updates the row's m and, where there are any, its lanes; returns the factor alpha <= 1 on
+/// everything summed so far.
 template <class A, class L>
-[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max) noexcept {
+[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
+                                        A* lanes /* [packet_size] */) noexcept {
   constexpr int width = packet_size<A>;
   constexpr int vectors = static_cast<int>(tile_tokens) / width;
   packet<A> top = load(s);
@@ -62,18 +66,32 @@ template <class A, class L>
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
   const auto weight = [&](int v) { return exp2_packet<A, L, headroom>(sub(load(s + v * width), shift)); };
-  if constexpr (std::is_same_v<A, L>) {
-    for (int v = 0; v < vectors; ++v) store(weights + v * width, weight(v));
+  if constexpr (sums_in_lanes<L>) {
+    packet<A> sum = zeros<A>();
+    for (int v = 0; v < vectors; v += 2) sum = store_rounded(weights + v * width, weight(v), weight(v + 1), sum);
+    store(lanes, madd(load(lanes), broadcast(alpha), sum));
   } else {
-    for (int v = 0; v < vectors; v += 2) store_rounded(weights + v * width, weight(v), weight(v + 1));
+    for (int v = 0; v < vectors; ++v) store(weights + v * width, weight(v));
   }
   return alpha;
 }
 
 /// The same for several rows, which keep the constants of the exponential in registers.
 template <class A, class L>
-void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* alpha) noexcept {
-  for (index_t r = 0; r < rows; ++r) alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r]);
+void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* lanes, A* alpha) noexcept {
+  for (index_t r = 0; r < rows; ++r)
+    alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r], lanes + r * packet_size<A>);
+}
+
+/// The sum of a row's lanes, as a tree: the one horizontal sum, at the end of a split.
+template <class A>
+[[nodiscard]] A sum_lanes(const A* lanes) noexcept {
+  A tree[packet_size<A>];
+  for (int i = 0; i < packet_size<A>; ++i) tree[i] = lanes[i];
+  for (int half = packet_size<A> / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
+  }
+  return tree[0];
 }
 
 /// self <- self (+) other for one row, over disjoint keys. An empty state changes nothing, or is replaced exactly.

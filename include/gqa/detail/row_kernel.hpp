@@ -162,10 +162,12 @@ void value_rows(const kv_rows<K, V>& kv, const L* p, const weighted_sums<A>& sum
     value_row_columns<Rows, wide>(kv, p, sums, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
     value_row_columns<Rows, block_vectors>(kv, p, sums, sums_stride, column);
-  using product = lane_product<V, L>;
-  for (int r = 0; r < Rows; ++r) {
-    for (index_t t = 0; t < group_tokens; t += product::depth)
-      sums.weights[r] = product::add_elements(p + r * tile_tokens + t, sums.weights[r]);
+  if constexpr (!sums_in_lanes<L>) {
+    using product = lane_product<V, L>;
+    for (int r = 0; r < Rows; ++r) {
+      for (index_t t = 0; t < group_tokens; t += product::depth)
+        sums.weights[r] = product::add_elements(p + r * tile_tokens + t, sums.weights[r]);
+    }
   }
 }
 

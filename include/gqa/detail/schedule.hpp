@@ -250,6 +250,7 @@ class scheduler {
       }
       if (in_place) attend_in_place(members, i);
     }
+    for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
   }
 
   /// Key tile i for those of a bundle who read it in place: all heads of a group of tokens before the next group, which

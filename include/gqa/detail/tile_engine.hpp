@@ -49,6 +49,7 @@ struct workspace {
   L* q;                    // [rows, q_stride]
   A* s;                    // [rows, 64], scores
   L* p;                    // [rows, 64], weights; in the place of the scores where they have one type
+  A* lanes;                // [rows, packet_size], of weights that the softmax sums
   A* alpha;                // [rows]
   raw_states<A> current;   // of the split at work
   raw_states<A> total;     // of the splits before it
@@ -81,6 +82,7 @@ struct workspace {
     } else {
       take(w.p, rows * tile_tokens);
     }
+    take(w.lanes, sums_in_lanes<L> ? rows * packet_size<A> : 0);
     take(w.alpha, rows);
     take(w.visible, rows);
     take_states(w.current);
@@ -151,6 +153,7 @@ class tile_engine {
   /// Starts a split: rows that have seen nothing.
   void begin_split(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     clear(t, states);
+    if constexpr (sums_in_lanes<L>) std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
     w.whole = whole_tiles(t);
   }
 
@@ -191,7 +194,7 @@ class tile_engine {
   /// In place, once all groups are scored: their weights.
   void weigh_groups(const row_tile& t, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (!std::is_same_v<A, L>) multiply(w.s, t.rows * tile_tokens, rules_.score_factor());
-    softmax_steps(t.rows, w.s, w.p, states.max, w.alpha);
+    softmax_steps(t.rows, w.s, w.p, states.max, w.lanes, w.alpha);
     std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
     std::fill_n(w.tile_weights, t.rows, A{0});
   }
@@ -202,7 +205,15 @@ class tile_engine {
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
           rows, w.p + n * group_tokens, {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
       if (n + 1 == tile_tokens / group_tokens)
-        add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha, {states.out, states.sum}, t.rows, out_stride());
+        add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha, {states.out, weight_sums_of(states, 0)}, t.rows,
+                         out_stride());
+    }
+  }
+
+  /// Ends a split.
+  void end_split(const row_tile& t, const workspace& w, const raw_states<A>& states) const noexcept {
+    if constexpr (sums_in_lanes<L>) {
+      for (index_t r = 0; r < t.rows; ++r) states.sum[r] = sum_lanes(w.lanes + r * packet_size<A>);
     }
   }
 
@@ -335,7 +346,7 @@ class tile_engine {
     const block_operands<P, L> op = operands_of(0, t.rows, tile, w, states);
     kernels::streamed_scores[rows](op);
     fetch_start(tile.v[0]);
-    softmax_steps(t.rows, op.s, w.p, states.max, w.alpha);
+    softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::streamed_values[rows](op);
     fetch_start(tile.next);
   }
@@ -344,6 +355,10 @@ class tile_engine {
   /// by the rows' softmax, gains nothing for 1 row and costs 4 rows a twentieth.)
   static void fetch_start(const P* from) noexcept {
     for (index_t byte = 0; byte < 512; byte += 64) prefetch(from, byte);
+  }
+
+  [[nodiscard]] static A* weight_sums_of(const raw_states<A>& states, index_t row) noexcept {
+    return sums_in_lanes<L> ? nullptr : states.sum + row;
   }
 
   /// What row block `block` asks for of the next tile, until blocks before it have asked for all of it.
@@ -372,7 +387,7 @@ class tile_engine {
             w.p + row * tile_tokens,
             states.out + row * out_stride(),
             out_stride(),
-            states.sum + row,
+            weight_sums_of(states, row),
             w.alpha + row,
             out_stride(),
             begin,
@@ -390,7 +405,8 @@ class tile_engine {
     using kernels = row_block_kernels<P, L>;
     kernels::scores[static_cast<std::size_t>(row_end - row - 1)](op);
     if (w.all_seen && rules_.is_plain())
-      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row, w.alpha + row);
+      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
+                           w.lanes + row * packet_size<A>, w.alpha + row);
     for (index_t r = row; r < row_end; ++r) {
       A* const s = w.s + r * tile_tokens;
       L* const p = w.p + r * tile_tokens;
@@ -404,7 +420,7 @@ class tile_engine {
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
-      w.alpha[r] = softmax_step(s, p, states.max[r]);
+      w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
     }
   }
 

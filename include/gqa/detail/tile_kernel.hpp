@@ -103,7 +103,7 @@ struct block_operands {
   const L* p;      // weights; row stride 64
   A* out;
   index_t out_stride;
-  A* weight_sums;  // [Rows]
+  A* weight_sums;  // [Rows], null where the softmax sums weights
   const A* alpha;
   index_t value_dim;               // padded
   index_t panel_begin, panel_end;  // the panels that some row of the block sees
@@ -217,8 +217,8 @@ void value_block_rows(const block_operands<P, L>& op) noexcept {
   for (index_t block = 0; block < op.value_dim; block += value_block) {
     const index_t columns = std::min(value_block, op.value_dim - block);
     for_each_column_block<accumulator_t<P>>(0, columns, [&]<int Vectors>(index_t column) {
-      if (block + column == 0) {
-        value_columns<P, L, Rows, Vectors, true>(op, block, columns, column);
+      if (!sums_in_lanes<L> && block + column == 0) {
+        value_columns<P, L, Rows, Vectors, !sums_in_lanes<L>>(op, block, columns, column);
       } else {
         value_columns<P, L, Rows, Vectors, false>(op, block, columns, column);
       }
@@ -226,7 +226,8 @@ void value_block_rows(const block_operands<P, L>& op) noexcept {
   }
 }
 
-/// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows].
+/// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows], null where the softmax
+/// sums them.
 template <class A>
 struct weighted_sums {
   A* values;
@@ -241,7 +242,7 @@ void add_tile_sums(const weighted_sums<A>& tile, const A* alpha, const weighted_
     const packet<A> scale = broadcast(alpha[r]);
     for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
       store(total.values + e, madd(load(total.values + e), scale, load(tile.values + e)));
-    total.weights[r] = scalar_madd(total.weights[r], alpha[r], tile.weights[r]);
+    if (total.weights != nullptr) total.weights[r] = scalar_madd(total.weights[r], alpha[r], tile.weights[r]);
   }
 }
 
@@ -300,8 +301,8 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
     for (index_t block = 0; block < op.value_dim; block += value_block) {
       const index_t columns = std::min(value_block, op.value_dim - block);
       for_each_column_block<A, vectors>(0, columns, [&]<int Vectors>(index_t column) {
-        if (block + column == 0) {
-          value_panel_columns<P, L, Rows, Vectors, true>(op, panel, block, columns, column);
+        if (!sums_in_lanes<L> && block + column == 0) {
+          value_panel_columns<P, L, Rows, Vectors, !sums_in_lanes<L>>(op, panel, block, columns, column);
         } else {
           value_panel_columns<P, L, Rows, Vectors, false>(op, panel, block, columns, column);
         }

@@ -31,6 +31,10 @@ inline namespace GQA_ISA {
 template <class P>
 inline constexpr bool has_dot = false;
 
+/// Whether weights held in L are summed by store_rounded(), in lanes, or one by one by add_elements().
+template <class L>
+inline constexpr bool sums_in_lanes = std::is_same_v<L, Eigen::bfloat16>;
+
 /// Panels whose lanes hold one element. `part` counts the multiply-adds of a row of lanes.
 template <class P, class L>
 struct lane_product {
@@ -69,7 +73,7 @@ struct lane_product<Eigen::bfloat16, float> {
   }
 };
 
-#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
 template <>
 inline constexpr bool has_dot<Eigen::bfloat16> = true;
 
@@ -91,12 +95,6 @@ struct lane_product<Eigen::bfloat16, Eigen::bfloat16> {
   [[nodiscard]] GQA_INLINE static packet<float> madd(const left& a, const right& b, const packet<float>& c) noexcept {
     return _mm512_dpbf16_ps(c, a, b);
   }
-  [[nodiscard]] GQA_INLINE static float add_elements(const Eigen::bfloat16* elements, float sum) noexcept {
-    std::int32_t pair;
-    std::memcpy(&pair, elements, sizeof(pair));
-    const auto ones = std::bit_cast<__m128bh>(_mm_set1_epi32(0x3f803f80));
-    return _mm_cvtss_f32(_mm_dpbf16_ps(_mm_set_ss(sum), std::bit_cast<__m128bh>(_mm_cvtsi32_si128(pair)), ones));
-  }
 };
 
 /// A packet's width of neighbouring columns of two rows, the first row's in the first element of each pair.
@@ -107,9 +105,13 @@ struct lane_product<Eigen::bfloat16, Eigen::bfloat16> {
   return std::bit_cast<__m512bh>(_mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16)));
 }
 
-/// Rounds two packets to bfloat16 and stores them one after the other.
-GQA_INLINE void store_rounded(Eigen::bfloat16* to, const packet<float>& first, const packet<float>& second) noexcept {
-  _mm512_storeu_si512(to, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+/// Rounds two packets to bfloat16 and stores them one after the other; returns `sum` plus what was stored, two
+/// neighbours a lane.
+[[nodiscard]] GQA_INLINE packet<float> store_rounded(Eigen::bfloat16* to, const packet<float>& first,
+                                                     const packet<float>& second, const packet<float>& sum) noexcept {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+  _mm512_storeu_si512(to, std::bit_cast<__m512i>(rounded));
+  return _mm512_dpbf16_ps(sum, rounded, std::bit_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80)));
 }
 #endif
 
