@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prefill, append and decode over plain tensors and caches at the geometry of Llama-3-8B, with their twins. See
-// README.md.
+// Prefill, append and decode over plain tensors and caches at the geometry of Llama-3-8B and around it, each beside the
+// machine's limits and its twins in the same rounds. See README.md.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -20,41 +22,50 @@
 namespace gqa::bench {
 namespace {
 
+enum class storage { bshd, bhsd, cache };  // plain tensors in either order, or a kv_cache
+
 struct attention_case {
   const char* family;
   bench::shape shape;
-  layout order = layout::bshd;
+  storage where = storage::bshd;
   index_t window = -1;  // keys before the query's own that it sees; -1: all
   int threads = 1;
-  bool cached = false;  // keys and values in a kv_cache
 
   [[nodiscard]] attention_options options() const { return {.causal = true, .window = {window, -1}}; }
 
   [[nodiscard]] std::string name(const char* implementation, const char* dtype) const {
     const auto& n = shape;
     const auto number = [](const char* prefix, index_t value) { return prefix + std::to_string(value); };
-    return std::string(family) + '/' + implementation + '/' + dtype +
-           (cached                  ? "/cache/"
-            : order == layout::bshd ? "/bshd/"
-                                    : "/bhsd/") +
+    static constexpr const char* storages[] = {"/bshd/", "/bhsd/", "/cache/"};
+    return std::string(family) + '/' + implementation + '/' + dtype + storages[static_cast<int>(where)] +
            number("b", n.batch) + number("q", n.q_len) + number("t", n.kv_len) + number("h", n.q_heads) +
            number("g", n.kv_heads) + number("d", n.head_dim) +
+           (n.value_dim == n.head_dim ? "" : number("e", n.value_dim)) +
            (window < 0 ? "/causal" : number("/window", window + 1)) + number("/t", threads);
   }
 
-  // Query-key pairs that are computed.
-  [[nodiscard]] double pairs() const {
+  // Query-key pairs of the queries from `first` on that are computed.
+  [[nodiscard]] double pairs(index_t first = 0) const {
     double total = 0;
-    for (index_t s = 0; s < shape.q_len; ++s) {
+    for (index_t s = first; s < shape.q_len; ++s) {
       const index_t visible = shape.kv_len - shape.q_len + s + 1;
       total += static_cast<double>(window < 0 ? visible : std::min(visible, window + 1));
     }
     return total * static_cast<double>(shape.batch * shape.q_heads);
   }
-  [[nodiscard]] double operations() const { return 4 * pairs() * static_cast<double>(shape.head_dim); }
+  [[nodiscard]] double operations() const {
+    return 2 * pairs() * static_cast<double>(shape.head_dim + shape.value_dim);
+  }
+  // Elements of keys and values that are read.
   [[nodiscard]] double kv_elements() const {
     const index_t keys = window < 0 ? shape.kv_len : std::min(shape.kv_len, window + shape.q_len);
-    return 2 * static_cast<double>(shape.batch * keys * shape.kv_heads * shape.head_dim);
+    return static_cast<double>(shape.batch * keys * shape.kv_heads * (shape.head_dim + shape.value_dim));
+  }
+  // The same with another number of KV heads.
+  [[nodiscard]] attention_case with_kv_heads(index_t kv_heads) const {
+    attention_case other = *this;
+    other.shape.kv_heads = kv_heads;
+    return other;
   }
 };
 
@@ -77,149 +88,207 @@ read_probe& memory() {
   return probe;
 }
 
-// The library, with probes and the Eigen twin in between, so that their ratios are of the same moments.
+// A case's operands, and the library's call on them.
+template <class Q, class K>
+class tiled {
+ public:
+  explicit tiled(const attention_case& c) : of(c), in(c.shape, c.where == storage::bhsd ? layout::bhsd : layout::bshd) {
+    const auto& n = c.shape;
+    if (c.where == storage::cache)
+      cache_.emplace(n.batch, n.kv_heads, n.kv_len, n.head_dim, n.value_dim).append(in.k.view(), in.v.view());
+  }
+
+  void operator()(context& ctx) {
+    if (cache_) return attention(in.q.view(), *cache_, in.out.view(), of.options(), ctx);
+    attention(in.q.view(), in.k.view(), in.v.view(), in.out.view(), of.options(), ctx);
+  }
+
+  attention_case of;
+  operands<Q, K> in;
+
+ private:
+  std::optional<kv_cache<K>> cache_;
+};
+
+// Something timed in between the rounds of a case, and its counter: how many times the case's time it takes.
+struct twin {
+  std::string counter;
+  std::function<void()> call;
+  samples times = {};
+};
+
+// The twins of a case: the Eigen loop (in float, and without a window, which it does not know), and multi-head and
+// multi-query attention of the same model. Left out where their operands would take a gigabyte.
+template <class Q, class K>
+std::vector<twin> twins_of(const attention_case& c, context& ctx) {
+  std::vector<twin> twins;
+  const auto& n = c.shape;
+  const double token_bytes = static_cast<double>(n.batch * n.kv_len * (n.head_dim + n.value_dim)) * sizeof(float);
+  constexpr double too_many = 1 << 30;
+  if (c.window < 0 && token_bytes * static_cast<double>(n.kv_heads) < too_many) {
+    const auto in = std::make_shared<operands<float, float>>(n, c.where == storage::bhsd ? layout::bhsd : layout::bshd);
+    twins.push_back(
+        {"x_eigen", [in, &ctx] { eigen_attention(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx); }});
+  }
+  const auto add = [&](const char* counter, index_t kv_heads) {
+    if (n.kv_heads == kv_heads || token_bytes * static_cast<double>(kv_heads) >= too_many) return;
+    const auto call = std::make_shared<tiled<Q, K>>(c.with_kv_heads(kv_heads));
+    twins.push_back({counter, [call, &ctx] { (*call)(ctx); }});
+  };
+  add("x_mha", n.q_heads);
+  add("x_mqa", 1);
+  return twins;
+}
+
+// The library in rounds: probes before and after, twins in between, so that shares and ratios are of the same moments.
 template <class Q, class K>
 void run_tiled(benchmark::State& state, const attention_case& c) {
   const workers w(c.threads);
-  operands<Q, K> in(c.shape, c.order);
-  tensor<Q> twin_out({c.shape.batch, c.shape.q_len, c.shape.q_heads, c.shape.head_dim}, layout::bshd);
-  const auto& [q, out, k, v] = in;
-  std::optional<kv_cache<K>> cache;
-  if (c.cached)
-    cache.emplace(c.shape.batch, c.shape.kv_heads, c.shape.kv_len, c.shape.head_dim).append(k.view(), v.view());
-  const auto call = [&] {
-    if (cache) return attention(q.view(), *cache, in.out.view(), c.options(), *w);
-    attention(q.view(), k.view(), v.view(), in.out.view(), c.options(), *w);
-  };
-  const auto twin_call = [&] {
-    if constexpr (std::is_same_v<Q, float> && std::is_same_v<K, float>)
-      eigen_attention(q.view(), k.view(), v.view(), twin_out.view(), *w);
-  };
-  const bool has_twin = std::is_same_v<Q, float> && std::is_same_v<K, float> && c.window < 0;
+  tiled<Q, K> call(c);
+  std::vector<twin> twins = twins_of<Q, K>(c, *w);
   // Keys that stay in cache are timed there: by the second of two calls, since the read probe empties the cache.
   const bool warm = c.kv_elements() * sizeof(K) <= 32 << 20;
   const auto time = [&](const auto& f) {
     if (warm) f();
     return seconds_of(f);
   };
-  call();
+  const auto own_call = [&] { call(*w); };
+  own_call();
 
-  samples own, twin, peak, read;
+  constexpr std::size_t twin_rounds = 3;
+  const double bytes = c.kv_elements() * sizeof(K);
+  samples own, peak, read, of_peak, of_read;
   for (auto _ : state) {
-    own.add(time(call));
-    state.SetIterationTime(own.median());  // what the counters use; a single slow run does not show
-    if (own.size() > 30) continue;
-    peak.add(product_rate<Q, K>(*w));
-    if (c.shape.q_len == 1) read.add(memory().rate(*w));
-    if (has_twin) twin.add(time(twin_call));
+    const double operations_rate = product_rate<Q, K>(*w);
+    const double before = c.shape.q_len == 1 ? memory().rate(*w) : 0;
+    const double seconds = time(own_call);
+    own.add(seconds);
+    state.SetIterationTime(seconds);
+    peak.add(operations_rate);
+    of_peak.add(c.operations() / seconds / operations_rate);
+    if (c.shape.q_len == 1) {
+      read.add(std::max(before, memory().rate(*w)));
+      of_read.add(bytes / seconds / read.last());
+    }
+    for (twin& t : twins) {
+      if (t.times.size() < twin_rounds) t.times.add(time(t.call));
+    }
   }
 
-  state.counters["flop/s"] = c.operations() / own.median();
-  state.counters["kv_bytes/s"] = c.kv_elements() * sizeof(K) / own.median();
-  state.counters["of_peak"] = c.operations() / own.median() / peak.median();
-  if (!read.empty()) state.counters["of_read"] = c.kv_elements() * sizeof(K) / own.median() / read.median();
-  if (!twin.empty()) state.counters["x_eigen"] = twin.median() / own.median();
+  state.counters["seconds"] = own.median();
+  state.counters["peak"] = peak.median();
+  state.counters["of_peak"] = of_peak.median();
+  if (!read.empty()) state.counters["read"] = read.median();
+  if (!read.empty()) state.counters["of_read"] = of_read.median();
+  for (const twin& t : twins) state.counters[t.counter] = t.times.median() / own.median();
 
-  // The error of the last rows, which see most keys.
-  const index_t rows = std::min<index_t>(c.shape.q_len, 16), first = c.shape.q_len - rows;
-  tensor<double> exact({c.shape.batch, rows, c.shape.q_heads, c.shape.head_dim}, layout::bshd);
-  naive_attention(slice(std::as_const(in.q).view(), 1, first, rows), std::as_const(in.k).view(),
-                  std::as_const(in.v).view(), exact.view(), c.options(), *w);
-  state.counters["max_abs_err"] = largest_difference(slice(in.out.view(), 1, first, rows), exact.view());
+  // Error and time of the naive reference, over the last rows, which see most keys.
+  const index_t rows = std::min<index_t>(c.shape.q_len, c.shape.kv_len > 4096 ? 1 : 8), first = c.shape.q_len - rows;
+  const auto& in = std::as_const(call.in);
+  tensor<double> exact({c.shape.batch, rows, c.shape.q_heads, c.shape.value_dim}, layout::bshd);
+  const double naive = seconds_of([&] {
+    naive_attention(slice(in.q.view(), 1, first, rows), in.k.view(), in.v.view(), exact.view(), c.options(), *w);
+  });
+  state.counters["x_naive"] = naive * c.pairs() / c.pairs(first) / own.median();
+  state.counters["max_abs_err"] = largest_difference(slice(call.in.out.view(), 1, first, rows), exact.view());
 }
 
-void run_eigen(benchmark::State& state, const attention_case& c) {
-  const workers w(c.threads);
-  operands<float, float> in(c.shape, c.order);
-  for (auto _ : state) {
-    state.SetIterationTime(
-        seconds_of([&] { eigen_attention(in.q.view(), in.k.view(), in.v.view(), in.out.view(), *w); }));
-  }
-}
-
-void run_naive(benchmark::State& state, const attention_case& c) {
-  const workers w(c.threads);
-  operands<float, float> in(c.shape, c.order);
-  for (auto _ : state) {
-    state.SetIterationTime(seconds_of([&] {
-      naive_attention(std::as_const(in.q).view(), std::as_const(in.k).view(), std::as_const(in.v).view(), in.out.view(),
-                      c.options(), *w);
-    }));
-  }
-}
-
-template <class F>
-void add(const std::string& name, const F& run) {
-  benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Unit(benchmark::kMillisecond);
+// Rounds of a case: enough for a median, and no more than some seconds of them.
+[[nodiscard]] int rounds_of(const attention_case& c) {
+  const double seconds = std::max(c.operations() / 5e10, c.kv_elements() * 4 / 1e10) / c.threads;
+  return static_cast<int>(std::clamp(2 / seconds, 5.0, 31.0));
 }
 
 template <class Q, class K>
 void add_tiled(const attention_case& c, const char* dtype) {
-  add(c.name("tiled", dtype), [c](benchmark::State& state) { run_tiled<Q, K>(state, c); });
+  benchmark::RegisterBenchmark(c.name("tiled", dtype).c_str(), [c](benchmark::State& s) { run_tiled<Q, K>(s, c); })
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond)
+      ->Iterations(rounds_of(c));
+}
+
+void add_f32(const attention_case& c) {
+  add_tiled<float, float>(c, "f32");
+}
+void add_bf16(const attention_case& c) {
+  add_tiled<Eigen::bfloat16, Eigen::bfloat16>(c, "bf16");
+}
+void add_f16(const attention_case& c) {
+  add_tiled<Eigen::half, Eigen::half>(c, "f16");
 }
 
 void add_probes(int threads) {
   const std::string suffix = "/t" + std::to_string(threads);
-  const auto add_peak = [&](const char* dtype, double (*rate)(context&)) {
-    add(std::string("probe/fma/") + dtype + suffix, [threads, rate](benchmark::State& state) {
+  const auto add = [&](const std::string& name, const char* counter, double (*rate)(context&)) {
+    const auto run = [threads, counter, rate](benchmark::State& state) {
       const workers w(threads);
       samples rates;
       for (auto _ : state) state.SetIterationTime(seconds_of([&] { rates.add(rate(*w)); }));
-      state.counters["flop/s"] = rates.median();
-    });
+      state.counters[counter] = rates.median();
+    };
+    benchmark::RegisterBenchmark((name + suffix).c_str(), run)->UseManualTime()->Iterations(15);
   };
-  add_peak("f32", product_rate<float, float>);
-  add_peak("bf16", product_rate<Eigen::bfloat16, Eigen::bfloat16>);
-  add("probe/read" + suffix, [threads](benchmark::State& state) {
-    const workers w(threads);
-    samples rates;
-    for (auto _ : state) state.SetIterationTime(seconds_of([&] { rates.add(memory().rate(*w)); }));
-    state.counters["bytes/s"] = rates.median();
-  });
+  add("probe/fma/f32", "flop/s", product_rate<float, float>);
+  add("probe/fma/bf16", "flop/s", product_rate<Eigen::bfloat16, Eigen::bfloat16>);
+  add("probe/read", "bytes/s", [](context& ctx) { return memory().rate(ctx); });
+}
+
+void add_prefills(int t) {
+  constexpr index_t h = 32, d = 128;
+  using enum storage;
+  for (const index_t g : {32, 8, 1}) {  // MHA, GQA, MQA
+    for (const index_t n : {256, 1024, 2048}) add_f32({"prefill", {1, n, n, h, g, d, d}, bshd, -1, t});
+  }
+  add_f32({"prefill", {1, 1024, 1024, h, 8, d, d}, bhsd, -1, t});
+  for (const index_t n : {2048, 4096}) {
+    add_f32({"prefill", {1, n, n, h, 8, d, d}, cache, -1, t});
+    add_bf16({"prefill", {1, n, n, h, 8, d, d}, cache, -1, t});
+    add_f16({"prefill", {1, n, n, h, 8, d, d}, cache, -1, t});
+  }
+  add_bf16({"prefill", {1, 2048, 2048, h, 8, d, d}, bshd, -1, t});
+  add_f16({"prefill", {1, 2048, 2048, h, 8, d, d}, bshd, -1, t});
+  add_tiled<float, Eigen::bfloat16>({"prefill", {1, 2048, 2048, h, 8, d, d}, cache, -1, t}, "f32_over_bf16");
+  for (const index_t group : {1, 2, 3, 5, 7, 8}) add_f32({"group", {1, 1024, 1024, 4 * group, 4, d, d}, cache, -1, t});
+  add_f32({"group", {1, 1024, 1024, 32, 1, d, d}, cache, -1, t});
+  for (const index_t dim : {64, 80, 96, 256}) add_f32({"dim", {1, 1024, 1024, h, 8, dim, dim}, cache, -1, t});
+  add_f32({"dim", {1, 1024, 1024, h, 8, 192, 128}, cache, -1, t});
+  add_f32({"window", {1, 8192, 8192, h, 8, d, d}, cache, 1023, t});
+  for (const storage where : {cache, bshd}) {
+    add_f32({"append", {1, 64, 8192, h, 8, d, d}, where, -1, t});
+    add_f32({"append", {1, 5, 8192, h, 8, d, d}, where, -1, t});
+  }
+  add_f32({"append", {1, 1000, 1031, h, 8, d, d}, cache, -1, t});
+}
+
+void add_decodes(int t) {
+  constexpr index_t h = 32, d = 128;
+  using enum storage;
+  for (const index_t g : {32, 8, 1}) {
+    for (const index_t n : {128, 512, 1024, 2048, 4096, 8192, 16384, 32768})
+      add_f32({"decode", {1, 1, n, h, g, d, d}, cache, -1, t});
+  }
+  const shape group_1{1, 1, 65536, 8, 8, d, d}, group_4{1, 1, 65536, h, 8, d, d}, group_8{1, 1, 65536, 64, 8, d, d};
+  add_f32({"decode", group_1, cache, -1, t});
+  for (const shape& n : {group_4, group_8, shape{8, 1, 16384, h, 8, d, d}}) {
+    add_f32({"decode", n, cache, -1, t});
+    add_bf16({"decode", n, cache, -1, t});
+  }
+  add_f16({"decode", group_4, cache, -1, t});
+  for (const storage where : {bhsd, bshd}) {
+    add_f32({"decode", {1, 1, 32768, h, 8, d, d}, where, -1, t});
+    add_bf16({"decode", group_4, where, -1, t});
+  }
+  for (const index_t n : {4096, 16384, 65536}) add_f32({"window", {1, 1, n, h, 8, d, d}, cache, 1023, t});
 }
 
 void add_all() {
-  constexpr index_t h = 32, d = 128;
   const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   std::vector<int> thread_counts{1};
   if (all > 1) thread_counts.push_back(all);
   for (const int threads : thread_counts) {
     add_probes(threads);
-    for (const index_t g : {32, 8, 1}) {  // MHA, GQA, MQA
-      for (const auto order : {layout::bshd, layout::bhsd}) {
-        std::vector<attention_case> cases;
-        for (const index_t n : {256, 1024, 2048}) cases.push_back({"prefill", {1, n, n, h, g, d}, order, -1, threads});
-        cases.push_back({"append", {1, 16, 2048, h, g, d}, order, -1, threads});
-        for (const index_t n : {512, 4096, 16384}) cases.push_back({"decode", {1, 1, n, h, g, d}, order, -1, threads});
-        for (const attention_case& c : cases) {
-          add_tiled<float, float>(c, "f32");
-          add(c.name("eigen", "f32"), [c](benchmark::State& state) { run_eigen(state, c); });
-        }
-      }
-    }
-    for (const attention_case& c : {attention_case{"prefill", {1, 1024, 1024, h, 8, d}, layout::bshd, -1, threads},
-                                    attention_case{"prefill", {1, 4096, 4096, h, 8, d}, layout::bshd, 1023, threads},
-                                    attention_case{"decode", {1, 1, 4096, h, 8, d}, layout::bhsd, -1, threads},
-                                    attention_case{"decode", {16, 1, 1024, h, 8, d}, layout::bhsd, -1, threads}}) {
-      if (c.window >= 0 || c.shape.batch > 1) add_tiled<float, float>(c, "f32");
-      add_tiled<Eigen::half, Eigen::half>(c, "f16");
-      add_tiled<Eigen::bfloat16, Eigen::bfloat16>(c, "bf16");
-      add_tiled<float, Eigen::bfloat16>(c, "f32_over_bf16");
-    }
-    for (attention_case c : {attention_case{"prefill", {1, 2048, 2048, h, 8, d}, layout::bshd, -1, threads},
-                             attention_case{"append", {1, 64, 8192, h, 8, d}, layout::bshd, -1, threads},
-                             attention_case{"append", {1, 5, 8192, h, 8, d}, layout::bshd, -1, threads},
-                             attention_case{"decode", {1, 1, 16384, 8, 8, d}, layout::bshd, -1, threads},
-                             attention_case{"decode", {1, 1, 65536, h, 8, d}, layout::bshd, -1, threads}}) {
-      c.cached = true;
-      add_tiled<float, float>(c, "f32");
-      add_tiled<Eigen::half, Eigen::half>(c, "f16");
-      add_tiled<Eigen::bfloat16, Eigen::bfloat16>(c, "bf16");
-    }
-    const attention_case naive_prefill{"prefill", {1, 256, 256, h, h, d}, layout::bshd, -1, threads};
-    const attention_case naive_decode{"decode", {1, 1, 4096, h, h, d}, layout::bshd, -1, threads};
-    for (const attention_case& c : {naive_prefill, naive_decode})
-      add(c.name("naive", "f32"), [c](benchmark::State& state) { run_naive(state, c); });
+    add_prefills(threads);
+    add_decodes(threads);
   }
 }
 

@@ -59,7 +59,7 @@ class progress {
 
 std::vector<row> measure(const workload& w, const grouping& of, gqa::context& ctx) {
   using gqa::bench::samples, gqa::bench::seconds_of;
-  const gqa::bench::shape n{1, w.q_len, w.kv_len, q_heads, of.kv_heads, head_dim};
+  const gqa::bench::shape n{1, w.q_len, w.kv_len, q_heads, of.kv_heads, head_dim, head_dim};
   gqa::bench::tensor<double> exact({1, w.q_len, q_heads, head_dim}, gqa::layout::bshd);
   std::vector<row> rows;
   double naive_seconds = 0;

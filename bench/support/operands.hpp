@@ -17,7 +17,7 @@
 namespace gqa::bench {
 
 struct shape {
-  index_t batch, q_len, kv_len, q_heads, kv_heads, head_dim;
+  index_t batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim;
 };
 
 using test::slice, test::tensor;
@@ -46,9 +46,9 @@ struct operands {
 
   operands(const shape& n, layout kv_order)
       : q(random_tensor<Q>({n.batch, n.q_len, n.q_heads, n.head_dim}, layout::bshd, 1)),
-        out({n.batch, n.q_len, n.q_heads, n.head_dim}, layout::bshd),
+        out({n.batch, n.q_len, n.q_heads, n.value_dim}, layout::bshd),
         k(random_tensor<K>({n.batch, n.kv_len, n.kv_heads, n.head_dim}, kv_order, 2)),
-        v(random_tensor<K>({n.batch, n.kv_len, n.kv_heads, n.head_dim}, kv_order, 3)) {}
+        v(random_tensor<K>({n.batch, n.kv_len, n.kv_heads, n.value_dim}, kv_order, 3)) {}
 };
 
 // The naive reference, divided among the context's workers: a prefill by rows, a decode step by query heads. The last
