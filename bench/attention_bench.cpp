@@ -167,8 +167,9 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
     peak.add(operations_rate);
     of_peak.add(c.operations() / seconds / operations_rate);
     if (c.shape.q_len == 1) {
-      read.add(std::max(before, memory().rate(*w)));
-      of_read.add(bytes / seconds / read.last());
+      const double read_rate = std::max(before, memory().rate(*w));
+      read.add(read_rate);
+      of_read.add(bytes / seconds / read_rate);
     }
     for (twin& t : twins) {
       if (t.times.size() < twin_rounds) t.times.add(time(t.call));
@@ -256,6 +257,10 @@ void add_prefills(int t) {
   for (const storage where : {cache, bshd}) {
     add_f32({"append", {1, 64, 8192, h, 8, d, d}, where, -1, t});
     add_f32({"append", {1, 5, 8192, h, 8, d, d}, where, -1, t});
+  }
+  for (const index_t n : {64, 5}) {
+    add_bf16({"append", {1, n, 8192, h, 8, d, d}, cache, -1, t});
+    add_f16({"append", {1, n, 8192, h, 8, d, d}, cache, -1, t});
   }
   add_f32({"append", {1, 1000, 1031, h, 8, d, d}, cache, -1, t});
 }

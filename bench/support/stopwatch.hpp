@@ -22,7 +22,6 @@ class samples {
   void add(double x) { values_.push_back(x); }
   [[nodiscard]] bool empty() const { return values_.empty(); }
   [[nodiscard]] std::size_t size() const { return values_.size(); }
-  [[nodiscard]] double last() const { return values_.back(); }
   [[nodiscard]] double median() const {
     std::vector<double> sorted = values_;
     const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);

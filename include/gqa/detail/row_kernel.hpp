@@ -103,17 +103,15 @@ void score_rows(const kv_rows<K, V>& kv, const L* q, index_t q_stride, index_t h
   }
 }
 
-/// sums.values[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64; the first columns add the
-/// weights up, too.
+/// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
 template <int Rows, int Vectors, class A, class L, class K, class V>
-void value_row_columns(const kv_rows<K, V>& kv, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
-                       index_t column) noexcept {
+void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sums_stride, index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums.values + r * sums_stride + column + v * width);
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums + r * sums_stride + column + v * width);
   }
   if constexpr (multiplies_pairs<V, L>) {
     using product = lane_product<V, L>;
@@ -148,20 +146,21 @@ void value_row_columns(const kv_rows<K, V>& kv, const L* p, const weighted_sums<
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) store(sums.values + r * sums_stride + column + v * width, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(sums + r * sums_stride + column + v * width, sum[r][v]);
   }
 }
 
-/// sums [Rows, E] += P V. Few rows leave registers for twice the columns: whole rows of values at a time.
+/// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those. Few rows leave registers for
+/// twice the columns: whole rows of values at a time.
 template <int Rows, class A, class L, class K, class V>
 void value_rows(const kv_rows<K, V>& kv, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
                 index_t value_dim) noexcept {
   constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
   index_t column = 0;
   for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<Rows, wide>(kv, p, sums, sums_stride, column);
+    value_row_columns<Rows, wide>(kv, p, sums.values, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<Rows, block_vectors>(kv, p, sums, sums_stride, column);
+    value_row_columns<Rows, block_vectors>(kv, p, sums.values, sums_stride, column);
   if constexpr (!sums_in_lanes<L>) {
     using product = lane_product<V, L>;
     for (int r = 0; r < Rows; ++r) {

@@ -34,7 +34,7 @@ inline constexpr double packed_bytes = 64 << 20;
 /// Bytes of raw states of unmerged splits alive at a time; beyond it splits run one after the other.
 inline constexpr double split_state_bytes = 64 << 20;
 
-/// Bundles pay as long as a handful of rows shares what is read, and their states stay in L2.
+/// Bundles pay as long as few rows share what is read, and their states stay in L2.
 inline constexpr index_t bundle_rows = 32;
 
 /// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.

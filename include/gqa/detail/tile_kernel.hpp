@@ -211,19 +211,30 @@ void score_block(const block_operands<P, L>& op) noexcept {
       [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, true>(op, column); });
 }
 
-/// Output of a row block after the tile.
-template <class P, class L, int Rows>
-void value_block_rows(const block_operands<P, L>& op) noexcept {
-  for (index_t block = 0; block < op.value_dim; block += value_block) {
-    const index_t columns = std::min(value_block, op.value_dim - block);
-    for_each_column_block<accumulator_t<P>>(0, columns, [&]<int Vectors>(index_t column) {
-      if (!sums_in_lanes<L> && block + column == 0) {
-        value_columns<P, L, Rows, Vectors, !sums_in_lanes<L>>(op, block, columns, column);
+/// Calls f.template operator()<Vectors, Weights>(block, columns, column) for the value columns, block by block of 64,
+/// at most `Most` packets at a time. The first add the weights up, unless the softmax has.
+template <class P, class L, int Most, class F>
+GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
+  constexpr bool adds = !sums_in_lanes<L>;
+  for (index_t block = 0; block < value_dim; block += value_block) {
+    const index_t columns = std::min(value_block, value_dim - block);
+    for_each_column_block<accumulator_t<P>, Most>(0, columns, [&]<int Vectors>(index_t column) {
+      if (adds && block + column == 0) {
+        f.template operator()<Vectors, adds>(block, columns, column);
       } else {
-        value_columns<P, L, Rows, Vectors, false>(op, block, columns, column);
+        f.template operator()<Vectors, false>(block, columns, column);
       }
     });
   }
+}
+
+/// Output of a row block after the tile.
+template <class P, class L, int Rows>
+void value_block_rows(const block_operands<P, L>& op) noexcept {
+  for_each_value_column<P, L, block_vectors>(
+      op.value_dim, [&op]<int Vectors, bool Weights>(index_t block, index_t columns, index_t column) {
+        value_columns<P, L, Rows, Vectors, Weights>(op, block, columns, column);
+      });
 }
 
 /// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows], null where the softmax
@@ -298,50 +309,32 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
   using A = accumulator_t<P>;
   constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
-    for (index_t block = 0; block < op.value_dim; block += value_block) {
-      const index_t columns = std::min(value_block, op.value_dim - block);
-      for_each_column_block<A, vectors>(0, columns, [&]<int Vectors>(index_t column) {
-        if (!sums_in_lanes<L> && block + column == 0) {
-          value_panel_columns<P, L, Rows, Vectors, !sums_in_lanes<L>>(op, panel, block, columns, column);
-        } else {
-          value_panel_columns<P, L, Rows, Vectors, false>(op, panel, block, columns, column);
-        }
-      });
-    }
+    for_each_value_column<P, L, vectors>(
+        op.value_dim, [&op, panel]<int Vectors, bool Weights>(index_t block, index_t columns, index_t column) {
+          value_panel_columns<P, L, Rows, Vectors, Weights>(op, panel, block, columns, column);
+        });
   }
   add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
 }
 
-/// A product of a row block.
-template <class P, class L>
-using row_block_kernel = void (*)(const block_operands<P, L>&) noexcept;
+/// {of.template operator()<1>(), <2>(), ...}: the kernels for 1, 2, ... rows.
+template <class F, int... Before>
+[[nodiscard]] constexpr auto by_rows(const F& of, std::integer_sequence<int, Before...>) noexcept {
+  return std::array{of.template operator()<Before + 1>()...};
+}
 
 /// The products of 1, 2, ... rows: those of many row blocks, which read a tile from cache, and those of a single one,
 /// which streams it from memory.
-template <class P, class L, int... Before>
-[[nodiscard]] constexpr auto score_kernels(std::integer_sequence<int, Before...>) noexcept {
-  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{score_block<P, L, Before + 1>...};
-}
-template <class P, class L, int... Before>
-[[nodiscard]] constexpr auto value_kernels(std::integer_sequence<int, Before...>) noexcept {
-  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{value_block_rows<P, L, Before + 1>...};
-}
-template <class P, class L, int... Before>
-[[nodiscard]] constexpr auto streamed_score_kernels(std::integer_sequence<int, Before...>) noexcept {
-  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{score_block_in_order<P, L, Before + 1>...};
-}
-template <class P, class L, int... Before>
-[[nodiscard]] constexpr auto streamed_value_kernels(std::integer_sequence<int, Before...>) noexcept {
-  return std::array<row_block_kernel<P, L>, sizeof...(Before)>{value_block_in_order<P, L, Before + 1>...};
-}
-
 template <class P, class L>
 struct row_block_kernels {
-  static constexpr std::make_integer_sequence<int, block_rows> block{};
-  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streamed{};
-  static constexpr auto scores = score_kernels<P, L>(block), values = value_kernels<P, L>(block);
-  static constexpr auto streamed_scores = streamed_score_kernels<P, L>(streamed);
-  static constexpr auto streamed_values = streamed_value_kernels<P, L>(streamed);
+  static constexpr std::make_integer_sequence<int, block_rows> blocks{};
+  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streams{};
+  static constexpr auto scores = by_rows([]<int Rows>() { return &score_block<P, L, Rows>; }, blocks);
+  static constexpr auto values = by_rows([]<int Rows>() { return &value_block_rows<P, L, Rows>; }, blocks);
+  static constexpr auto streamed_scores =
+      by_rows([]<int Rows>() { return &score_block_in_order<P, L, Rows>; }, streams);
+  static constexpr auto streamed_values =
+      by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows>; }, streams);
 };
 
 }  // namespace GQA_ISA

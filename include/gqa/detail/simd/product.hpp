@@ -31,7 +31,8 @@ inline namespace GQA_ISA {
 template <class P>
 inline constexpr bool has_dot = false;
 
-/// Whether weights held in L are summed by store_rounded(), in lanes, or one by one by add_elements().
+/// Whether weights held in L are summed by store_rounded(), in lanes, or one by one by add_elements(): as products with
+/// ones would be.
 template <class L>
 inline constexpr bool sums_in_lanes = std::is_same_v<L, Eigen::bfloat16>;
 
