@@ -75,6 +75,16 @@ TEST(Reproducibility, DoesNotDependOnThreadsOrExecutor) {
   }
 }
 
+// 65 MiB of packed keys and values a KV head: one head at a time.
+TEST(Reproducibility, DoesNotDependOnThreadsWhereAHeadFillsAWave) {
+  const operands<float, float> in(attention_case{{1, 49, 66'000, 4, 2, 128, 128}, with_causal, layout::bshd});
+  context serial;
+  Eigen::ThreadPool pool(2);
+  context on_pool(pool);
+  const auto expected = run(in, serial);
+  EXPECT_TRUE(run(in, on_pool).same_bits(expected));
+}
+
 // Each sequence of a batch, attended to on its own.
 TEST(Reproducibility, DoesNotDependOnTheBatch) {
   for (attention_case c : divided_cases()) {

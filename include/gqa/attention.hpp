@@ -17,9 +17,9 @@
 /// repeated. Scratch, in the context: a few hundred KB a thread and, in prefill, packed keys and values, 64 MiB at most
 /// unless one KV head needs more; in decode over several threads, the states of unmerged splits, 64 MiB at most.
 ///
-/// Read on: detail/schedule.hpp (tasks) -> detail/tile_engine.hpp (one task) -> detail/tile_kernel.hpp (one block; or
-/// detail/row_kernel.hpp, few rows in place) ->
-/// detail/online_softmax.hpp (one row) -> back in the tile engine's finish().
+/// Read on: detail/schedule.hpp (tasks, as detail/plan.hpp divides a call) -> detail/tile_engine.hpp (one task) ->
+/// detail/tile_kernel.hpp (one block; or detail/row_kernel.hpp, few rows in place) -> detail/online_softmax.hpp (one
+/// row) -> back in the tile engine's finish().
 #pragma once
 
 #include <type_traits>

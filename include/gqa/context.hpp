@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -27,8 +28,44 @@ concept executor = requires(E& e, const detail::task_ref& f) {
   e.run(index_t{1}, f);
 };
 
-/// Executor and scratch memory of a caller. Scratch grows to what the largest call needed and is reused, so a repeated
-/// call allocates nothing. One caller at a time; results do not depend on which context runs them.
+namespace detail {
+
+/// Memory aligned to a cache line that grows when more of it is wanted, losing its contents.
+class growing_memory {
+ public:
+  growing_memory() noexcept = default;
+  growing_memory(const growing_memory&) = delete;
+  growing_memory& operator=(const growing_memory&) = delete;
+  ~growing_memory() { ::operator delete(data_, alignment); }
+
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+
+  /// `bytes` at least; nullptr after a capacity error where exceptions are off.
+  [[nodiscard]] std::byte* at_least(std::size_t bytes, const char* what) {
+    if (bytes <= size_) return data_;
+    void* const grown = ::operator new(bytes, alignment, std::nothrow);
+    if (grown == nullptr) {
+      raise(make_fault(errc::capacity, "context: expected room for %zu bytes of %s, got none", bytes, what));
+      return nullptr;
+    }
+    ::operator delete(data_, alignment);
+    data_ = static_cast<std::byte*>(grown);
+    size_ = bytes;
+    return data_;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace detail
+
+/// Executor, scratch memory and the last plan (how a call is divided into tasks) of a caller. Memory grows to what the
+/// largest call needed and is reused, so a repeated call allocates nothing, and a call of the last one's shape is not
+/// planned anew. One caller at a time; results do not depend on which context runs them.
 class context {
  public:
   /// Everything runs on the calling thread.
@@ -48,11 +85,14 @@ class context {
 
   context(const context&) = delete;
   context& operator=(const context&) = delete;
-  ~context() { ::operator delete(scratch_, alignment); }
+  ~context() = default;
 
-  /// Makes room for calls that need up to `bytes` of scratch, so that they allocate nothing.
+  /// Makes room for calls of up to `sequences` that need up to `bytes` of scratch, so that they allocate nothing.
   /// \throws error (errc::capacity) if the memory cannot be had; what was there before stays.
-  void reserve(std::size_t bytes) { static_cast<void>(detail_scratch(bytes)); }
+  void reserve(std::size_t bytes, index_t sequences = 64) {
+    static_cast<void>(detail_scratch(bytes));
+    static_cast<void>(detail_plan(sequences));
+  }
 
   /// Number of workers, at least 1.
   [[nodiscard]] index_t concurrency() const {
@@ -91,23 +131,20 @@ class context {
   /// Internal: `bytes` of scratch aligned to a cache line, with the contents of no particular call; nullptr after a
   /// capacity error where exceptions are off.
   [[nodiscard]] std::byte* detail_scratch(std::size_t bytes) {
-    if (bytes > scratch_bytes_) {
-      void* const grown = ::operator new(bytes, alignment, std::nothrow);
-      if (grown == nullptr) {
-        detail::raise(
-            detail::make_fault(errc::capacity, "context: expected room for %zu bytes of scratch, got none", bytes));
-        return nullptr;
-      }
-      ::operator delete(scratch_, alignment);
-      scratch_ = static_cast<std::byte*>(grown);
-      scratch_bytes_ = bytes;
-    }
-    return scratch_;
+    return scratch_.at_least(bytes, "scratch");
   }
 
- private:
-  static constexpr std::align_val_t alignment{64};
+  /// Internal: memory for a plan of so many sequences, zeros at first, then what the last call left there.
+  [[nodiscard]] std::byte* detail_plan(index_t sequences) {
+    const std::size_t bytes = detail_plan_bytes + static_cast<std::size_t>(sequences) * detail_sequence_bytes;
+    const bool is_new = bytes > plan_.size();
+    std::byte* const memory = plan_.at_least(bytes, "plan");
+    if (is_new && memory != nullptr) std::memset(memory, 0, bytes);
+    return memory;
+  }
+  static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 128;
 
+ private:
   template <class E>
   void bind(E& e) noexcept {
     executor_ = const_cast<void*>(static_cast<const void*>(std::addressof(e)));  // cast back to E, const or not
@@ -119,8 +156,7 @@ class context {
   void* executor_ = nullptr;
   index_t (*concurrency_)(void*) = nullptr;
   void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
-  std::byte* scratch_ = nullptr;
-  std::size_t scratch_bytes_ = 0;
+  detail::growing_memory scratch_, plan_;
 };
 
 }  // namespace gqa

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// The plan: how a call is divided into tasks, so that every worker is busy to the end. It says who computes what and
+/// when, never how, so no plan changes a bit.
+///
+/// Cost is counted in visits of a key tile by a row tile: rows of a call are dealt out evenly, so all visits take about
+/// as long. A row tile of a (sequence, KV head) is a task, unless it is more than a quarter of a worker's share of the
+/// call: then each of its splits is a task, if memory for their states allows. The longest sequences come first, as in
+/// longest-processing-time-first scheduling (Graham 1969): what runs last is short. With tasks of at most a quarter of
+/// a share nobody waits for longer than that.
+///
+/// Where keys are packed beforehand, sequences that fit into packed_bytes together make a wave; of one that does not
+/// fit, some heads at a time do.
+///
+/// A plan stays in the context and serves all calls of its shape: the layers of a model, and the next tokens until a
+/// sequence begins a new key tile.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/detail/visibility.hpp>
+
+namespace gqa::detail {
+
+/// Bytes of packed keys and values alive at a time; at least those of one KV head of a sequence.
+inline constexpr double packed_bytes = 64 << 20;
+
+/// Bytes of raw states of unmerged splits alive at a time.
+inline constexpr double split_state_bytes = 64 << 20;
+
+/// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.
+inline constexpr double serial_work = 1 << 20;
+
+/// Tasks a worker's share of a call is cut into at least, where it can be.
+inline constexpr double tasks_of_a_share = 4;
+
+/// Key tiles that one task packs: some 100 KB.
+inline constexpr index_t tiles_packed_together = 4;
+
+inline namespace GQA_ISA {
+
+/// What a plan depends on, beside the key tiles of the sequences.
+struct plan_request {
+  index_t sequences = {}, kv_heads = {};
+  index_t row_tiles = {};  // of the largest group
+  index_t workers = {};
+  index_t visit_products = {};     // multiply-adds of the fullest row tile with a key tile
+  index_t packed_tile_bytes = {};  // of a key tile packed beforehand, 0 where none is
+  index_t state_bytes = {};        // of a row tile
+  bool bundles = {};               // whether the row tiles of several KV heads may be one task
+
+  [[nodiscard]] friend bool operator==(const plan_request&, const plan_request&) = default;
+};
+
+/// A sequence's part. Counts are of one KV head; firsts follow those of the sequences before it in its wave.
+struct sequence_plan {
+  index_t b;
+  key_range tiles;  // that some of its queries may see
+  index_t visits;   // of key tiles by row tiles
+  index_t parts;    // tasks of a row tile: 1, or its splits
+  index_t tasks, first_task;
+  index_t slots, first_slot;  // for key tiles packed beforehand
+};
+
+/// Sequences [first, end) of a plan, so many heads at a time. Those whose splits are tasks of their own come first.
+struct plan_wave {
+  index_t first, end_apart, end;
+  index_t heads;
+};
+
+struct call_plan {
+  plan_request request;
+  index_t workers;                     // 1 where the work is not worth waking others
+  index_t bundle;                      // KV heads a task visits together
+  index_t most_slots;                  // of all heads of a wave at a time
+  index_t most_states;                 // likewise, of splits apart
+  std::span<sequence_plan> sequences;  // most key tiles first
+  std::span<plan_wave> waves;
+};
+
+[[nodiscard]] inline index_t splits_of(key_range tiles) noexcept {
+  return tiles.end <= tiles.begin ? 0 : (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1;
+}
+
+/// Cuts the sequences from `first` on into the next wave.
+[[nodiscard]] inline plan_wave next_wave(const call_plan& plan, index_t first) noexcept {
+  const plan_request& request = plan.request;
+  if (request.packed_tile_bytes == 0) return {first, first, request.sequences, request.kv_heads};
+  const auto bytes_of_head = [&](index_t n) {
+    return static_cast<double>(plan.sequences[static_cast<std::size_t>(n)].slots) *
+           static_cast<double>(request.packed_tile_bytes);
+  };
+  const auto all = static_cast<double>(request.kv_heads);
+  const double fit = packed_bytes / std::max(bytes_of_head(first), 1.0);
+  if (fit < all) return {first, first, first + 1, std::max(static_cast<index_t>(fit), index_t{1})};
+  double bytes = 0;
+  index_t end = first;
+  for (; end < request.sequences && bytes + all * bytes_of_head(end) <= packed_bytes; ++end)
+    bytes += all * bytes_of_head(end);
+  return {first, first, end, request.kv_heads};
+}
+
+/// Decides which row tiles of a wave are several tasks, and counts tasks, states and slots.
+inline void divide_wave(call_plan& plan, plan_wave& wave) noexcept {
+  const plan_request& request = plan.request;
+  const std::span<sequence_plan> sequences =
+      plan.sequences.subspan(static_cast<std::size_t>(wave.first), static_cast<std::size_t>(wave.end - wave.first));
+  const auto heads = static_cast<double>(wave.heads);
+  double cost = 0;
+  for (const sequence_plan& s : sequences) cost += heads * static_cast<double>(s.visits);
+  const double most_of_task = cost / (tasks_of_a_share * static_cast<double>(plan.workers));
+  if (request.bundles && plan.workers > 1) {
+    const sequence_plan& longest = sequences.front();
+    const double states_of_all =
+        static_cast<double>(plan.sequences.size()) * static_cast<double>(splits_of(longest.tiles));
+    const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
+    const index_t tiles = std::max(longest.tiles.end - longest.tiles.begin, index_t{1});
+    const index_t least_of_task = may_split ? std::min(tiles, split_tiles) : tiles;
+    plan.bundle = static_cast<index_t>(std::clamp(most_of_task / static_cast<double>(least_of_task), 1.0, heads));
+    while (request.kv_heads % plan.bundle != 0) --plan.bundle;
+  }
+  index_t tasks = 0, slots = 0, states = 0;
+  bool apart = plan.workers > 1;
+  for (sequence_plan& s : sequences) {
+    const index_t splits = splits_of(s.tiles);
+    const double bytes =
+        heads * static_cast<double>(states + request.row_tiles * splits) * static_cast<double>(request.state_bytes);
+    apart = apart && splits > 1 && bytes <= split_state_bytes &&
+            static_cast<double>(plan.bundle) * static_cast<double>(s.tiles.end - s.tiles.begin) > most_of_task;
+    s.parts = apart ? splits : 1;
+    s.tasks = request.row_tiles * s.parts;
+    s.first_task = tasks, s.first_slot = slots;
+    tasks += s.tasks, slots += s.slots;
+    if (apart) states += s.tasks, ++wave.end_apart;
+  }
+  plan.most_slots = std::max(plan.most_slots, wave.heads * slots);
+  plan.most_states = std::max(plan.most_states, wave.heads * states);
+}
+
+/// The plan of a call: the context's last one if it fits, else a new one in its place. tiles_of(b) are a sequence's key
+/// tiles, visits_of(b) how many of them the row tiles of a KV head visit in all. nullptr if there is no memory.
+/// Cost: one tiles_of() a sequence; a new plan sorts them, too.
+template <class TilesOf, class VisitsOf>
+[[nodiscard]] const call_plan* find_plan(const plan_request& request, const TilesOf& tiles_of,
+                                         const VisitsOf& visits_of, context& ctx) {
+  const auto n = static_cast<std::size_t>(request.sequences);
+  static_assert(sizeof(call_plan) <= context::detail_plan_bytes &&
+                sizeof(sequence_plan) + sizeof(plan_wave) <= context::detail_sequence_bytes);
+  std::byte* const memory = ctx.detail_plan(request.sequences);
+  if (memory == nullptr) return nullptr;
+  call_plan& plan = *reinterpret_cast<call_plan*>(memory);
+  const auto fits = [&](const sequence_plan& s) {
+    const key_range tiles = tiles_of(s.b);
+    return s.tiles.begin == tiles.begin && s.tiles.end == tiles.end;
+  };
+  if (plan.request == request && std::all_of(plan.sequences.begin(), plan.sequences.end(), fits)) return &plan;
+
+  auto* const sequences = reinterpret_cast<sequence_plan*>(memory + sizeof(call_plan));
+  auto* const waves = reinterpret_cast<plan_wave*>(memory + sizeof(call_plan) + n * sizeof(sequence_plan));
+  plan = {request, request.workers, request.bundles ? request.kv_heads : 1, 0, 0, {sequences, n}, {}};
+  double visits = 0;
+  for (index_t b = 0; b < request.sequences; ++b) {
+    const key_range tiles = tiles_of(b);
+    const index_t slots = request.packed_tile_bytes == 0 ? 0 : round_up(tiles.end - tiles.begin, tiles_packed_together);
+    sequences[b] = {b, tiles, visits_of(b), 1, 0, 0, slots, 0};
+    visits += static_cast<double>(sequences[b].visits);
+  }
+  if (visits * static_cast<double>(request.kv_heads) * static_cast<double>(request.visit_products) < serial_work)
+    plan.workers = 1;
+  std::sort(sequences, sequences + n, [](const sequence_plan& x, const sequence_plan& y) {
+    const index_t of_x = x.tiles.end - x.tiles.begin, of_y = y.tiles.end - y.tiles.begin;
+    return of_x != of_y ? of_x > of_y : x.b < y.b;
+  });
+  index_t count = 0;
+  for (index_t first = 0; first < request.sequences; first = waves[count++].end) {
+    waves[count] = next_wave(plan, first);
+    divide_wave(plan, waves[count]);
+  }
+  plan.waves = {waves, static_cast<std::size_t>(count)};
+  return &plan;
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail
