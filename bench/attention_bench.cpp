@@ -22,7 +22,8 @@
 namespace gqa::bench {
 namespace {
 
-enum class storage { bshd, bhsd, cache };  // plain tensors in either order, or a kv_cache
+// Plain tensors in either order, or a kv_cache in huge pages or in the system's own.
+enum class storage { bshd, bhsd, cache, cache_in_small_pages };
 
 struct attention_case {
   const char* family;
@@ -36,7 +37,7 @@ struct attention_case {
   [[nodiscard]] std::string name(const char* implementation, const char* dtype) const {
     const auto& n = shape;
     const auto number = [](const char* prefix, index_t value) { return prefix + std::to_string(value); };
-    static constexpr const char* storages[] = {"/bshd/", "/bhsd/", "/cache/"};
+    static constexpr const char* storages[] = {"/bshd/", "/bhsd/", "/cache/", "/cache_in_small_pages/"};
     return std::string(family) + '/' + implementation + '/' + dtype + storages[static_cast<int>(where)] +
            number("b", n.batch) + number("q", n.q_len) + number("t", n.kv_len) + number("h", n.q_heads) +
            number("g", n.kv_heads) + number("d", n.head_dim) +
@@ -94,8 +95,9 @@ class tiled {
  public:
   explicit tiled(const attention_case& c) : of(c), in(c.shape, c.where == storage::bhsd ? layout::bhsd : layout::bshd) {
     const auto& n = c.shape;
-    if (c.where == storage::cache)
-      cache_.emplace(n.batch, n.kv_heads, n.kv_len, n.head_dim, n.value_dim).append(in.k.view(), in.v.view());
+    if (c.where == storage::bshd || c.where == storage::bhsd) return;
+    huge_pages* const memory = c.where == storage::cache ? &pages_ : nullptr;
+    cache_.emplace(n.batch, n.kv_heads, n.kv_len, n.head_dim, n.value_dim, memory).append(in.k.view(), in.v.view());
   }
 
   void operator()(context& ctx) {
@@ -107,6 +109,7 @@ class tiled {
   operands<Q, K> in;
 
  private:
+  huge_pages pages_;
   std::optional<kv_cache<K>> cache_;
 };
 
@@ -279,6 +282,8 @@ void add_decodes(int t) {
     add_bf16({"decode", n, cache, -1, t});
   }
   add_f16({"decode", group_4, cache, -1, t});
+  add_f32({"decode", group_4, cache_in_small_pages, -1, t});
+  add_bf16({"decode", group_4, cache_in_small_pages, -1, t});
   for (const storage where : {bhsd, bshd}) {
     add_f32({"decode", {1, 1, 32768, h, 8, d, d}, where, -1, t});
     add_bf16({"decode", group_4, where, -1, t});

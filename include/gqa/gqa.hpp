@@ -9,6 +9,7 @@
 #include <gqa/context.hpp>       // context: who runs the tasks, and scratch memory
 #include <gqa/eigen_tensor.hpp>  // view() of Eigen::Tensor and TensorMap
 #include <gqa/error.hpp>         // errc, error, set_error_handler()
+#include <gqa/huge_pages.hpp>    // huge_pages: memory for caches in pages of 2 MiB
 #include <gqa/kv_cache.hpp>      // kv_cache: keys and values of fixed capacity in the kernels' own order
 #include <gqa/kv_source.hpp>     // kv_view(), the concept kv_source
 #include <gqa/openmp.hpp>        // openmp_executor

@@ -42,9 +42,8 @@ class kv_cache {
   using panel_element = T;
 
   /// \param head_dim, value_dim  D and E, at least 1; -1: E is D
-  /// \param memory               where the tiles come from, to be kept until the cache is gone: huge pages, a NUMA
-  /// node,
-  ///                             an arena (docs/02_caches.md); null: operator new
+  /// \param memory  where the tiles come from, to be kept until the cache is gone: huge_pages, a NUMA node, an arena;
+  ///                null: operator new
   /// \throws error               errc::shape for extents below 0 (dims below 1), errc::capacity if there is no memory
   kv_cache(index_t batch, index_t kv_heads, index_t capacity, index_t head_dim, index_t value_dim = -1,
            std::pmr::memory_resource* memory = nullptr);
