@@ -110,28 +110,34 @@ void merge_row(const raw_states<A>& self, const raw_states<A>& other, index_t ro
     store(out + e, madd(load(more + e), take_all, mul<A>(load(out + e), keep_all)));
 }
 
-/// A row's weights and log-sum-exp, once all its keys and its sink have been seen.
+/// A row once all its keys and its sink have been seen: out * scale / sum is the attention output.
 template <class A>
 struct finished_row {
-  A scale;  // out * scale / sum is the attention output
-  A sum;    // 0 if the row saw nothing, sink included
-  A lse;    // natural logarithm
+  A max;  // -inf if the row saw nothing, sink included
+  A scale;
+  A sum;  // 0 then
 };
+
+/// What a key at a row's m weighs.
+template <class A>
+inline constexpr A unit_weight = A{1} / (1 << headroom);
 
 /// Joins a row's sink logit (natural units, -inf for none), which adds to the sum and has value 0.
 template <class A>
 [[nodiscard]] finished_row<A> finish_row(A max, A sum, A sink) noexcept {
   const A sink2 = scalar_mul(sink, std::numbers::log2e_v<A>);
   const A top = sink2 > max ? sink2 : max;
-  if (top == minus_infinity<A> && sum == A{0}) return {A{0}, A{0}, minus_infinity<A>};
+  if (top == minus_infinity<A> && sum == A{0}) return {minus_infinity<A>, A{0}, A{0}};
   const A shift = top == minus_infinity<A> ? A{0} : top;
   const A scale = exp2_scalar(max - shift);
-  constexpr A unit = A{1} / (1 << headroom);  // what a key at m weighs
-  const A total = scalar_madd(sum, scale, unit * exp2_scalar(sink2 - shift));
-  const double lse =
-      scalar_madd(static_cast<double>(shift), std::numbers::ln2, std::log(static_cast<double>(total / unit)));
-  // With only the sink the logarithm is the sink itself, unrounded.
-  return {scale, total, sum == A{0} ? sink : static_cast<A>(lse)};
+  return {shift, scale, scalar_madd(sum, scale, unit_weight<A> * exp2_scalar(sink2 - shift))};
+}
+
+/// The natural logarithm of the sum of a finished row's exponentials, of which there is one at least.
+template <class A>
+[[nodiscard]] A log_sum_exp(const finished_row<A>& row) noexcept {
+  return static_cast<A>(scalar_madd(static_cast<double>(row.max), std::numbers::ln2,
+                                    std::log(static_cast<double>(row.sum / unit_weight<A>))));
 }
 
 }  // namespace GQA_ISA

@@ -89,9 +89,11 @@ struct output_rows {
     return rows;
   }
 
-  void store(index_t b, index_t s, index_t h, index_t dim, const A* from, A scale, A sum, A row_lse) const noexcept {
+  void store(index_t b, index_t s, index_t h, index_t dim, const A* from, A scale, A sum) const noexcept {
     store_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, from, scale, sum);
-    if (lse != nullptr) store_lse(lse, b * lse_strides[0] + s * lse_strides[1] + h * lse_strides[2], row_lse);
+  }
+  void store_log_sum_exp(index_t b, index_t s, index_t h, A value) const noexcept {
+    store_lse(lse, b * lse_strides[0] + s * lse_strides[1] + h * lse_strides[2], value);
   }
 };
 

@@ -108,6 +108,7 @@ class tile_engine {
         variant_(variant),
         rules_(p, variant),
         interval_(p.interval()),
+        fetched_(fetched_of(p.shape)),
         sees_intervals_(!p.options.mask && !hides_positions<Variant> && !hides_blocks<Variant>),
         streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
         reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {}
@@ -142,12 +143,11 @@ class tile_engine {
 
   void load_queries(const row_tile& t, workspace& w) const noexcept {
     const index_t dim = problem_.shape.head_dim;
-    for (index_t r = 0; r < t.rows; ++r) {
-      const row_index row = index_of(t, r);
+    for_each_row(t, [&](index_t r, const row_index& row) {
       L* const to = w.q + r * q_stride();
       problem_.q.load(row.batch, row.query, row.q_head, dim, rules_.query_factor(), to);
       std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
-    }
+    });
   }
 
   /// Starts a split: rows that have seen nothing.
@@ -224,13 +224,16 @@ class tile_engine {
   /// Joins the sinks, normalises and writes the rows.
   void finish(const row_tile& t, const raw_states<A>& states) const noexcept {
     const auto& sinks = problem_.options.sinks;
-    for (index_t r = 0; r < t.rows; ++r) {
-      const row_index row = index_of(t, r);
+    const index_t dim = problem_.shape.value_dim;
+    for_each_row(t, [&](index_t r, const row_index& row) {
       const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(row.q_head)]);
       const finished_row<A> done = finish_row(states.max[r], states.sum[r], sink);
-      problem_.out.store(row.batch, row.query, row.q_head, problem_.shape.value_dim, states.out + r * out_stride(),
-                         done.scale, done.sum, done.lse);
-    }
+      problem_.out.store(row.batch, row.query, row.q_head, dim, states.out + r * out_stride(), done.scale, done.sum);
+      if (problem_.out.lse == nullptr) return;
+      // With only the sink the logarithm is the sink itself, unrounded.
+      problem_.out.store_log_sum_exp(row.batch, row.query, row.q_head,
+                                     states.sum[r] == A{0} ? sink : log_sum_exp(done));
+    });
   }
 
   /// The states of rows that saw no key at all.
@@ -244,6 +247,20 @@ class tile_engine {
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
   static constexpr bool has_rows = requires(const Source& kv) { kv.rows(index_t{}, index_t{}, index_t{}); };
 
+  /// Bytes of a tile, and those of the next one that a row block asks for.
+  struct fetched_bytes {
+    index_t all_keys, all_values;
+    index_t keys, values;
+  };
+  [[nodiscard]] static fetched_bytes fetched_of(const call_shape& shape) noexcept {
+    constexpr index_t steps = tile_tokens / lane_elements<P>;
+    const index_t columns = padded_value_dim(shape.value_dim);
+    return {tile_panels * key_panel_elements<P>(shape.head_dim) * index_t{sizeof(P)},
+            tile_panels * value_panel_elements(columns) * index_t{sizeof(P)},
+            bytes_fetched(steps * shape.head_dim / block_columns<A>),
+            bytes_fetched(steps * ceil_div(columns, block_columns<A>))};
+  }
+
   template <class K, class V>
   [[nodiscard]] static constexpr row_kernels<A, L, K, V> row_kernels_of(const kv_rows<K, V>&) noexcept {
     return {};
@@ -255,6 +272,18 @@ class tile_engine {
   [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
     const index_t group = problem_.group_size(t.g), s = (t.first + r) / group;
     return {t.b, s, problem_.first_head(t.g) + (t.first + r) % group, problem_.query_offset(t.b, length(t.b)) + s};
+  }
+
+  /// Calls f(r, row) for the rows of a tile.
+  template <class F>
+  void for_each_row(const row_tile& t, const F& f) const {
+    if (t.rows == 0) return;
+    const index_t first_head = problem_.first_head(t.g), end_head = first_head + problem_.group_size(t.g);
+    row_index row = index_of(t, 0);
+    for (index_t r = 0; r < t.rows; ++r) {
+      f(r, row);
+      if (++row.q_head == end_head) row.q_head = first_head, ++row.query, ++row.position;
+    }
   }
 
   /// Tiles all of whose 64 keys are seen by every row, by the interval rules. (Once a split: its divisions cost a tenth
@@ -289,15 +318,14 @@ class tile_engine {
     }
     const index_t keys = length(t.b), first_key = i * tile_tokens;
     std::uint64_t any = 0;
-    for (index_t r = 0; r < t.rows; ++r) {
-      const row_index row = index_of(t, r);
+    for_each_row(t, [&](index_t r, const row_index& row) {
       const key_range seen = interval_.keys_of(row.position, keys);
       std::uint64_t bits = bits_between(seen.begin - first_key, seen.end - first_key);
       if (problem_.options.mask) bits = keep_unmasked(bits, row, first_key);
       if (block == visibility::some) bits = keep_visible(bits, row, first_key);
       visible[r] = bits;
       any |= bits;
-    }
+    });
     return any != 0;
   }
 
@@ -333,17 +361,26 @@ class tile_engine {
                    const raw_states<A>& states) const {
     const index_t blocks = ceil_div(t.rows, block_rows);
     const auto first_row = [&](index_t block) { return block * t.rows / blocks; };  // blocks of even size
-    for (index_t block = 0; block < blocks; ++block)
-      weigh_block(t, first_row(block), first_row(block + 1), i, tile, w, states);
-    for (index_t block = 0; block < blocks; ++block)
-      apply_block(first_row(block), first_row(block + 1), tile, w, states);
+    block_operands<P, L> op = operands_of(tile, w, states);
+    for (index_t block = 0; block < blocks; ++block) {
+      const index_t row = first_row(block), row_end = first_row(block + 1);
+      move_to(row, row_end, w, states, op);
+      op.next = next_of(tile, block);
+      weigh_block(t, row, row_end, i, op, w, states);
+    }
+    for (index_t block = 0; block < blocks; ++block) {
+      const index_t row = first_row(block), row_end = first_row(block + 1);
+      move_to(row, row_end, w, states, op);
+      op.next = next_of(tile, block);
+      apply_block(row, row_end, op, w, states);
+    }
   }
 
   void stream_tile(const row_tile& t, const kv_tile<P>& tile, workspace& w,
                    const raw_states<A>& states) const noexcept {
     using kernels = row_block_kernels<P, L>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
-    const block_operands<P, L> op = operands_of(0, t.rows, tile, w, states);
+    const block_operands<P, L> op = operands_of(tile, w, states);
     kernels::streamed_scores[rows](op);
     fetch_start(tile.v[0]);
     softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
@@ -363,44 +400,51 @@ class tile_engine {
 
   /// What row block `block` asks for of the next tile, until blocks before it have asked for all of it.
   [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, index_t block) const noexcept {
-    constexpr index_t steps = tile_tokens / lane_elements<P>;
-    const index_t key_bytes = tile_panels * key_panel_elements<P>(problem_.shape.head_dim) * index_t{sizeof(P)};
-    const index_t value_bytes = tile_panels * value_panel_elements(out_stride()) * index_t{sizeof(P)};
-    const index_t keys = block * bytes_fetched(steps * problem_.shape.head_dim / block_columns<A>);
-    const index_t values = block * bytes_fetched(steps * ceil_div(out_stride(), block_columns<A>));
-    if (keys >= key_bytes && values >= value_bytes) return {tile.k[0], 0, 0};  // at hand: costs nothing
-    return {tile.next, keys, key_bytes + values};
+    const index_t keys = block * fetched_.keys, values = block * fetched_.values;
+    if (keys >= fetched_.all_keys && values >= fetched_.all_values) return {tile.k[0], 0, 0};  // at hand: costs nothing
+    return {tile.next, keys, fetched_.all_keys + values};
   }
 
-  [[nodiscard]] block_operands<P, L> operands_of(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
+  /// The operands of the first row on a tile, all of whose panels are seen.
+  [[nodiscard]] block_operands<P, L> operands_of(const kv_tile<P>& tile, workspace& w,
                                                  const raw_states<A>& states) const noexcept {
-    std::uint64_t any = w.all_seen ? all_keys : 0;
-    for (index_t r = row; r < row_end && !w.all_seen; ++r) any |= w.visible[r];
-    const index_t begin = any == 0 ? 0 : std::countr_zero(any) / panel_tokens;
-    const index_t end = ceil_div(tile_tokens - std::countl_zero(any), panel_tokens);
     return {tile,
-            w.q + row * q_stride(),
+            w.q,
             q_stride(),
             problem_.shape.head_dim,
-            w.s + row * tile_tokens,
+            w.s,
             rules_.score_factor(),
-            w.p + row * tile_tokens,
-            states.out + row * out_stride(),
+            w.p,
+            states.out,
             out_stride(),
-            weight_sums_of(states, row),
-            w.alpha + row,
+            weight_sums_of(states, 0),
+            w.alpha,
             out_stride(),
-            begin,
-            end,
+            0,
+            tile_panels,
             w.tile_sums,
             w.tile_weights,
-            next_of(tile, ceil_div(row, block_rows))};
+            {tile.k[0], 0, 0}};
+  }
+  /// The same of rows [row, row_end), on the panels that some of them see.
+  void move_to(index_t row, index_t row_end, const workspace& w, const raw_states<A>& states,
+               block_operands<P, L>& op) const noexcept {
+    op.q = w.q + row * op.q_stride;
+    op.s = w.s + row * tile_tokens;
+    op.p = w.p + row * tile_tokens;
+    op.out = states.out + row * op.out_stride;
+    op.weight_sums = weight_sums_of(states, row);
+    op.alpha = w.alpha + row;
+    if (w.all_seen) return;
+    std::uint64_t any = 0;
+    for (index_t r = row; r < row_end; ++r) any |= w.visible[r];
+    op.panel_begin = any == 0 ? 0 : std::countr_zero(any) / panel_tokens;
+    op.panel_end = ceil_div(tile_tokens - std::countl_zero(any), panel_tokens);
   }
 
   /// S = Q K^T, rules, hiding, softmax step of rows [row, row_end).
-  void weigh_block(const row_tile& t, index_t row, index_t row_end, index_t i, const kv_tile<P>& tile, workspace& w,
-                   const raw_states<A>& states) const {
-    const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
+  void weigh_block(const row_tile& t, index_t row, index_t row_end, index_t i, const block_operands<P, L>& op,
+                   workspace& w, const raw_states<A>& states) const {
     if (op.panel_end == op.panel_begin) return;
     using kernels = row_block_kernels<P, L>;
     kernels::scores[static_cast<std::size_t>(row_end - row - 1)](op);
@@ -419,7 +463,7 @@ class tile_engine {
         rules_.apply(s, op.panel_begin * panel_tokens, op.panel_end * panel_tokens, w.visible[r], index_of(t, r),
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
-      if (tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
+      if (op.tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
       w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
     }
   }
@@ -442,13 +486,12 @@ class tile_engine {
   }
 
   /// O = alpha O + P V of rows [row, row_end).
-  void apply_block(index_t row, index_t row_end, const kv_tile<P>& tile, workspace& w,
+  void apply_block(index_t row, index_t row_end, const block_operands<P, L>& op, workspace& w,
                    const raw_states<A>& states) const noexcept {
-    const block_operands<P, L> op = operands_of(row, row_end, tile, w, states);
     if (op.panel_end == op.panel_begin) return;
     const auto sees_all = [](std::uint64_t bits) { return bits == all_keys; };
-    if (tile.nonfinite_values != 0 && !std::all_of(w.visible + row, w.visible + row_end, sees_all)) {
-      for (index_t r = row; r < row_end; ++r) apply_visible_only(r, tile, w, states);
+    if (op.tile.nonfinite_values != 0 && !std::all_of(w.visible + row, w.visible + row_end, sees_all)) {
+      for (index_t r = row; r < row_end; ++r) apply_visible_only(r, op.tile, w, states);
       return;
     }
     using kernels = row_block_kernels<P, L>;
@@ -471,7 +514,9 @@ class tile_engine {
       }
       seen.v[static_cast<std::size_t>(panel)] = to;
     }
-    row_block_kernels<P, L>::values[0](operands_of(r, r + 1, seen, w, states));
+    block_operands<P, L> op = operands_of(seen, w, states);
+    move_to(r, r + 1, w, states, op);
+    row_block_kernels<P, L>::values[0](op);
   }
 
   const problem<A, L>& problem_;
@@ -479,6 +524,7 @@ class tile_engine {
   const Variant& variant_;
   score_rules<A, L, Variant> rules_;
   interval_rule interval_;
+  fetched_bytes fetched_;
   bool sees_intervals_;  // whether the interval rules alone decide what is seen
   bool streams_;         // whether few rows stream tiles, which lie in memory then
   bool reads_rows_;      // whether few rows read rows of tensors in place

@@ -73,11 +73,23 @@ GQA_INLINE void multiply_step(packet<accumulator_t<P>> (&sum)[Rows][Vectors], co
   }
 }
 
+/// Rows of a block whose weights are added up beside their products with some value columns.
+enum class weight_rows { none, all, first_half, second_half };
+template <weight_rows Which, int Rows>
+inline constexpr int first_weight = Which == weight_rows::second_half ? Rows / 2 : 0;
+template <weight_rows Which, int Rows>
+inline constexpr int end_weight = Which == weight_rows::none         ? 0
+                                  : Which == weight_rows::first_half ? Rows / 2
+                                                                     : Rows;
+
 /// sums[r] += the p weights of row r, as a column of ones would have them.
-template <class P, class L, int Rows>
+template <class P, class L, weight_rows Which, int Rows>
 GQA_INLINE void add_weights(accumulator_t<P> (&sums)[Rows], const L* weights) noexcept {
-  GQA_UNROLL
-  for (int r = 0; r < Rows; ++r) sums[r] = lane_product<P, L>::add_elements(weights + r * tile_tokens, sums[r]);
+  if constexpr (Which != weight_rows::none) {
+    GQA_UNROLL
+    for (int r = first_weight<Which, Rows>; r < end_weight<Which, Rows>; ++r)
+      sums[r] = lane_product<P, L>::add_elements(weights + r * tile_tokens, sums[r]);
+  }
 }
 
 template <class A, int Rows, int Vectors>
@@ -128,7 +140,7 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   }
   index_t next = op.next.keys + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
-    if constexpr (Fetches) prefetch(op.next.at, next), next += 64;
+    if constexpr (Fetches) prefetch_to_l2(op.next.at, next), next += 64;
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -144,7 +156,7 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
 }
 
 /// O[:, column : column + Vectors packets] = alpha O + P V, within one block of value columns `columns` wide.
-template <class P, class L, int Rows, int Vectors, bool Weights>
+template <class P, class L, int Rows, int Vectors, weight_rows Weights>
 void value_columns(const block_operands<P, L>& op, index_t block, index_t columns, index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
@@ -156,7 +168,7 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
   const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
   index_t next = op.next.values + (block + column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
-    prefetch(op.next.at, next), next += 64;
+    prefetch_to_l2(op.next.at, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
         op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * columns;
@@ -164,7 +176,7 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
     multiply_step<P, L>(sum, op.p + t, tile_tokens, b);
-    if constexpr (Weights) add_weights<P, L, Rows>(weights, op.p + t);
+    add_weights<P, L, Weights>(weights, op.p + t);
   }
   A* const out = op.out + block + column;
   // Once maxima have settled alpha is 1, and O + sum the same bits for an addition, which some cores do beside their
@@ -179,10 +191,9 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
       store(to, settled ? add(load(to), sum[r][v]) : madd(load(to), broadcast(op.alpha[r]), sum[r][v]));
     }
   }
-  if constexpr (Weights) {
-    GQA_UNROLL
-    for (int r = 0; r < Rows; ++r) op.weight_sums[r] = scalar_madd(op.weight_sums[r], op.alpha[r], weights[r]);
-  }
+  GQA_UNROLL
+  for (int r = first_weight<Weights, Rows>; r < end_weight<Weights, Rows>; ++r)
+    op.weight_sums[r] = scalar_madd(op.weight_sums[r], op.alpha[r], weights[r]);
 }
 
 /// Calls f.template operator()<Vectors>(column) so that blocks of packets cover [begin, end), multiples of 16 columns.
@@ -212,18 +223,24 @@ void score_block(const block_operands<P, L>& op) noexcept {
 }
 
 /// Calls f.template operator()<Vectors, Weights>(block, columns, column) for the value columns, block by block of 64,
-/// at most `Most` packets at a time. The first add the weights up, unless the softmax has.
+/// at most `Most` packets at a time. Unless the softmax sums weights, the first columns add up those of half of the
+/// rows, the second ones the others': beside 6 x 4 sums of packets there are registers for 3 more, not for 6.
 template <class P, class L, int Most, class F>
 GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
+  using A = accumulator_t<P>;
   constexpr bool adds = !sums_in_lanes<L>;
+  constexpr auto given = [](weight_rows rows) { return adds ? rows : weight_rows::none; };
+  constexpr index_t width = Most * packet_size<A>;
   for (index_t block = 0; block < value_dim; block += value_block) {
     const index_t columns = std::min(value_block, value_dim - block);
-    for_each_column_block<accumulator_t<P>, Most>(0, columns, [&]<int Vectors>(index_t column) {
+    for_each_column_block<A, Most>(0, columns, [&]<int Vectors>(index_t column) {
       if (adds && block + column == 0) {
-        f.template operator()<Vectors, adds>(block, columns, column);
-      } else {
-        f.template operator()<Vectors, false>(block, columns, column);
+        if (value_dim <= width) return f.template operator()<Vectors, given(weight_rows::all)>(block, columns, column);
+        return f.template operator()<Vectors, given(weight_rows::first_half)>(block, columns, column);
       }
+      if (adds && block + column == width)
+        return f.template operator()<Vectors, given(weight_rows::second_half)>(block, columns, column);
+      f.template operator()<Vectors, weight_rows::none>(block, columns, column);
     });
   }
 }
@@ -232,7 +249,7 @@ GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
 template <class P, class L, int Rows>
 void value_block_rows(const block_operands<P, L>& op) noexcept {
   for_each_value_column<P, L, block_vectors>(
-      op.value_dim, [&op]<int Vectors, bool Weights>(index_t block, index_t columns, index_t column) {
+      op.value_dim, [&op]<int Vectors, weight_rows Weights>(index_t block, index_t columns, index_t column) {
         value_columns<P, L, Rows, Vectors, Weights>(op, block, columns, column);
       });
 }
@@ -268,7 +285,7 @@ void score_block_in_order(const block_operands<P, L>& op) noexcept {
 /// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
 /// pointers: finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its
 /// speed.)
-template <class P, class L, int Rows, int Vectors, bool Weights>
+template <class P, class L, int Rows, int Vectors, weight_rows Weights>
 void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t block, index_t columns,
                          index_t column) noexcept {
   using A = accumulator_t<P>;
@@ -284,14 +301,15 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
   }
   A weights[Rows] = {};
   GQA_UNROLL
-  for (int r = 0; Weights && r < Rows; ++r) weights[r] = panel == op.panel_begin ? A{0} : op.tile_weights[r];
+  for (int r = first_weight<Weights, Rows>; r < end_weight<Weights, Rows>; ++r)
+    weights[r] = panel == op.panel_begin ? A{0} : op.tile_weights[r];
   const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + block * panel_tokens + column * lanes;
   const P* b[Vectors];
   GQA_UNROLL
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
-    if constexpr (Weights) add_weights<P, L, Rows>(weights, op.p + panel * panel_tokens + t);
+    add_weights<P, L, Weights>(weights, op.p + panel * panel_tokens + t);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += columns * lanes;
   }
@@ -299,7 +317,7 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) store(sums + r * op.out_stride + v * width, sum[r][v]);
-    if constexpr (Weights) op.tile_weights[r] = weights[r];
+    if (first_weight<Weights, Rows> <= r && r < end_weight<Weights, Rows>) op.tile_weights[r] = weights[r];
   }
 }
 
@@ -310,7 +328,7 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
   constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
     for_each_value_column<P, L, vectors>(
-        op.value_dim, [&op, panel]<int Vectors, bool Weights>(index_t block, index_t columns, index_t column) {
+        op.value_dim, [&op, panel]<int Vectors, weight_rows Weights>(index_t block, index_t columns, index_t column) {
           value_panel_columns<P, L, Rows, Vectors, Weights>(op, panel, block, columns, column);
         });
   }
