@@ -169,7 +169,7 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
         ASSERT_EQ(s.first_task, tasks);
         ASSERT_EQ(s.first_slot, slots);
         ASSERT_EQ(s.tasks, request.row_tiles * s.parts);
-        ASSERT_EQ(n<w.end_apart, s.parts> 1);
+        ASSERT_EQ((n < w.end_apart), (s.parts > 1));
         ASSERT_TRUE(s.parts == 1 || s.parts == detail::splits_of(s.tiles));
         if (request.packed_tile_bytes > 0) {
           ASSERT_GE(s.slots, s.tiles.end - s.tiles.begin);

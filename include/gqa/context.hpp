@@ -85,7 +85,6 @@ class context {
 
   context(const context&) = delete;
   context& operator=(const context&) = delete;
-  ~context() = default;
 
   /// Makes room for calls of up to `sequences` that need up to `bytes` of scratch, so that they allocate nothing.
   /// \throws error (errc::capacity) if the memory cannot be had; what was there before stays.

@@ -6,8 +6,8 @@
 /// Cost is counted in visits of a key tile by a row tile: rows of a call are dealt out evenly, so all visits take about
 /// as long. A row tile of a (sequence, KV head) is a task, unless it is more than a quarter of a worker's share of the
 /// call: then each of its splits is a task, if memory for their states allows. The longest sequences come first, as in
-/// longest-processing-time-first scheduling (Graham 1969): what runs last is short. With tasks of at most a quarter of
-/// a share nobody waits for longer than that.
+/// longest-processing-time-first scheduling (Graham 1969): what runs last is short. Where no task is more than a
+/// quarter of a share, nobody waits for longer than that.
 ///
 /// Where keys are packed beforehand, sequences that fit into packed_bytes together make a wave; of one that does not
 /// fit, some heads at a time do.
@@ -83,8 +83,13 @@ struct call_plan {
   std::span<plan_wave> waves;
 };
 
+/// Splits that a run of key tiles lies in, and its part of the n-th of them.
 [[nodiscard]] inline index_t splits_of(key_range tiles) noexcept {
-  return tiles.end <= tiles.begin ? 0 : (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1;
+  return tiles.size() == 0 ? 0 : (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1;
+}
+[[nodiscard]] inline key_range split_of(key_range tiles, index_t n) noexcept {
+  const index_t boundary = (tiles.begin / split_tiles + n) * split_tiles;
+  return {std::max(tiles.begin, boundary), std::min(tiles.end, boundary + split_tiles)};
 }
 
 /// Cuts the sequences from `first` on into the next wave.
@@ -119,7 +124,7 @@ inline void divide_wave(call_plan& plan, plan_wave& wave) noexcept {
     const double states_of_all =
         static_cast<double>(plan.sequences.size()) * static_cast<double>(splits_of(longest.tiles));
     const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
-    const index_t tiles = std::max(longest.tiles.end - longest.tiles.begin, index_t{1});
+    const index_t tiles = std::max(longest.tiles.size(), index_t{1});
     const index_t least_of_task = may_split ? std::min(tiles, split_tiles) : tiles;
     plan.bundle = static_cast<index_t>(std::clamp(most_of_task / static_cast<double>(least_of_task), 1.0, heads));
     while (request.kv_heads % plan.bundle != 0) --plan.bundle;
@@ -131,7 +136,7 @@ inline void divide_wave(call_plan& plan, plan_wave& wave) noexcept {
     const double bytes =
         heads * static_cast<double>(states + request.row_tiles * splits) * static_cast<double>(request.state_bytes);
     apart = apart && splits > 1 && bytes <= split_state_bytes &&
-            static_cast<double>(plan.bundle) * static_cast<double>(s.tiles.end - s.tiles.begin) > most_of_task;
+            static_cast<double>(plan.bundle) * static_cast<double>(s.tiles.size()) > most_of_task;
     s.parts = apart ? splits : 1;
     s.tasks = request.row_tiles * s.parts;
     s.first_task = tasks, s.first_slot = slots;
@@ -154,10 +159,7 @@ template <class TilesOf, class VisitsOf>
   std::byte* const memory = ctx.detail_plan(request.sequences);
   if (memory == nullptr) return nullptr;
   call_plan& plan = *reinterpret_cast<call_plan*>(memory);
-  const auto fits = [&](const sequence_plan& s) {
-    const key_range tiles = tiles_of(s.b);
-    return s.tiles.begin == tiles.begin && s.tiles.end == tiles.end;
-  };
+  const auto fits = [&](const sequence_plan& s) { return s.tiles == tiles_of(s.b); };
   if (plan.request == request && std::all_of(plan.sequences.begin(), plan.sequences.end(), fits)) return &plan;
 
   auto* const sequences = reinterpret_cast<sequence_plan*>(memory + sizeof(call_plan));
@@ -166,15 +168,14 @@ template <class TilesOf, class VisitsOf>
   double visits = 0;
   for (index_t b = 0; b < request.sequences; ++b) {
     const key_range tiles = tiles_of(b);
-    const index_t slots = request.packed_tile_bytes == 0 ? 0 : round_up(tiles.end - tiles.begin, tiles_packed_together);
+    const index_t slots = request.packed_tile_bytes == 0 ? 0 : round_up(tiles.size(), tiles_packed_together);
     sequences[b] = {b, tiles, visits_of(b), 1, 0, 0, slots, 0};
     visits += static_cast<double>(sequences[b].visits);
   }
   if (visits * static_cast<double>(request.kv_heads) * static_cast<double>(request.visit_products) < serial_work)
     plan.workers = 1;
   std::sort(sequences, sequences + n, [](const sequence_plan& x, const sequence_plan& y) {
-    const index_t of_x = x.tiles.end - x.tiles.begin, of_y = y.tiles.end - y.tiles.begin;
-    return of_x != of_y ? of_x > of_y : x.b < y.b;
+    return x.tiles.size() != y.tiles.size() ? x.tiles.size() > y.tiles.size() : x.b < y.b;
   });
   index_t count = 0;
   for (index_t first = 0; first < request.sequences; first = waves[count++].end) {

@@ -95,8 +95,7 @@ class scheduler {
       index_t visits = 0;
       for (index_t first = 0; first < rows; first += row_tile_rows) {
         const index_t group = problem_.largest_group(), last = std::min(first + row_tile_rows, rows) - 1;
-        const key_range tiles = engine_.tiles_of(b, first / group, last / group);
-        visits += tiles.end - tiles.begin;
+        visits += engine_.tiles_of(b, first / group, last / group).size();
       }
       return visits;
     };
@@ -246,30 +245,27 @@ class scheduler {
   void attend_rows(const bundle& item, const TileAt& tile_at, index_t worker) const {
     load_queries(item, worker);
     const key_range tiles = tiles_of(item);
-    for (index_t begin = tiles.begin; begin < tiles.end;) {
-      const key_range split{begin, std::min(round_up(begin + 1, split_tiles), tiles.end)};
-      const bool is_first = begin == tiles.begin;
-      attend_split(item, split, tile_at, worker,
-                   [&](index_t, const workspace& w) { return is_first ? w.total : w.current; });
-      for (index_t n = 0; n < plan_->bundle && !is_first; ++n) {
+    for (index_t split = 0; split < splits_of(tiles); ++split) {
+      attend_split(item, split_of(tiles, split), tile_at, worker,
+                   [split](index_t, const workspace& w) { return split == 0 ? w.total : w.current; });
+      for (index_t n = 0; n < plan_->bundle && split > 0; ++n) {
         const workspace w = workspace_of(worker, n);
         engine_.merge(row_tile_of(item, n), w.total, w.current);
       }
-      begin = split.end;
     }
     for (index_t n = 0; n < plan_->bundle; ++n) {
       const raw_states<A> total = workspace_of(worker, n).total;
-      if (tiles.end == tiles.begin) engine_.clear(row_tile_of(item, n), total);
+      if (tiles.size() == 0) engine_.clear(row_tile_of(item, n), total);
       engine_.finish(row_tile_of(item, n), total);
     }
   }
 
   /// One split of a bundle, its states left in memory.
   void attend_part(const wave& w, const sequence_plan& s, const bundle& item, index_t part, index_t worker) const {
-    const key_range split = split_of(tiles_of(item), part);
-    if (split.end <= split.begin) return;
+    const key_range tiles = tiles_of(item);
+    if (part >= splits_of(tiles)) return;  // a row tile that sees less than the sequence's others
     load_queries(item, worker);
-    attend_split(item, split, tile_reader(w, s), worker, [&](index_t n, const workspace&) {
+    attend_split(item, split_of(tiles, part), tile_reader(w, s), worker, [&](index_t n, const workspace&) {
       return part_states(w, s, {item.b, item.g + n, item.i}, part);
     });
   }
@@ -284,11 +280,8 @@ class scheduler {
       if (t.rows == 0) return;
       const key_range tiles = engine_.tiles_of(t);
       const raw_states<A> total = part_states(w, s, item, 0);
-      if (tiles.end <= tiles.begin) engine_.clear(t, total);
-      for (index_t n = 1; n < s.parts; ++n) {
-        const key_range split = split_of(tiles, n);
-        if (split.begin < split.end) engine_.merge(t, total, part_states(w, s, item, n));
-      }
+      if (tiles.size() == 0) engine_.clear(t, total);
+      for (index_t n = 1; n < splits_of(tiles); ++n) engine_.merge(t, total, part_states(w, s, item, n));
       engine_.finish(t, total);
     });
   }
@@ -300,12 +293,6 @@ class scheduler {
     A* const at = states_ + (w.heads * s.first_task + row_tile * s.parts + part) * state_elements();
     A* const sums = at + tile_rows_ * engine_.out_stride();
     return {sums + tile_rows_, sums, at};
-  }
-
-  /// Split `i` of a row tile's key tiles; empty past the last.
-  [[nodiscard]] static key_range split_of(key_range tiles, index_t i) noexcept {
-    const index_t boundary = (tiles.begin / split_tiles + i) * split_tiles;
-    return {std::max(tiles.begin, boundary), std::min(tiles.end, boundary + split_tiles)};
   }
 
   void load_queries(const bundle& item, index_t worker) const noexcept {

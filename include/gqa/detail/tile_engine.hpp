@@ -362,18 +362,16 @@ class tile_engine {
     const index_t blocks = ceil_div(t.rows, block_rows);
     const auto first_row = [&](index_t block) { return block * t.rows / blocks; };  // blocks of even size
     block_operands<P, L> op = operands_of(tile, w, states);
-    for (index_t block = 0; block < blocks; ++block) {
-      const index_t row = first_row(block), row_end = first_row(block + 1);
-      move_to(row, row_end, w, states, op);
-      op.next = next_of(tile, block);
-      weigh_block(t, row, row_end, i, op, w, states);
-    }
-    for (index_t block = 0; block < blocks; ++block) {
-      const index_t row = first_row(block), row_end = first_row(block + 1);
-      move_to(row, row_end, w, states, op);
-      op.next = next_of(tile, block);
-      apply_block(row, row_end, op, w, states);
-    }
+    const auto for_each_block = [&](const auto& f) {
+      for (index_t block = 0; block < blocks; ++block) {
+        const index_t row = first_row(block), row_end = first_row(block + 1);
+        move_to(row, row_end, w, states, op);
+        op.next = next_of(tile, block);
+        f(row, row_end);
+      }
+    };
+    for_each_block([&](index_t row, index_t row_end) { weigh_block(t, row, row_end, i, op, w, states); });
+    for_each_block([&](index_t row, index_t row_end) { apply_block(row, row_end, op, w, states); });
   }
 
   void stream_tile(const row_tile& t, const kv_tile<P>& tile, workspace& w,

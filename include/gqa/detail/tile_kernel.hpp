@@ -140,7 +140,7 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   }
   index_t next = op.next.keys + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
-    if constexpr (Fetches) prefetch_to_l2(op.next.at, next), next += 64;
+    if constexpr (Fetches) prefetch<2>(op.next.at, next), next += 64;
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -168,7 +168,7 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
   const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
   index_t next = op.next.values + (block + column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
-    prefetch_to_l2(op.next.at, next), next += 64;
+    prefetch<2>(op.next.at, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
         op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * columns;

@@ -17,6 +17,9 @@ inline namespace GQA_ISA {
 struct key_range {
   index_t begin = 0;
   index_t end = 0;
+
+  [[nodiscard]] constexpr index_t size() const noexcept { return end > begin ? end - begin : 0; }
+  [[nodiscard]] friend constexpr bool operator==(const key_range&, const key_range&) = default;
 };
 
 /// Interval rules of a call. Both ends of keys_of() grow with the query position, so that the keys of a run of queries

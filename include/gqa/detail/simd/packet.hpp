@@ -69,17 +69,11 @@ inline void store(A* to, const packet<A>& x) noexcept {
 }
 
 /// Asks for the cache line `bytes` after `base`, which need not lie in the same object, or anywhere: into L1, or no
-/// nearer than L2 for what is not read at once.
+/// nearer than cache level `Level` for what is not read at once.
+template <int Level = 1>
 inline void prefetch(const void* base, index_t bytes) noexcept {
 #if defined(__GNUC__)
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes));
-#else
-  static_cast<void>(base), static_cast<void>(bytes);
-#endif
-}
-inline void prefetch_to_l2(const void* base, index_t bytes) noexcept {
-#if defined(__GNUC__)
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes), 0, 2);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes), 0, 4 - Level);
 #else
   static_cast<void>(base), static_cast<void>(bytes);
 #endif
