@@ -99,10 +99,20 @@ class dense_kv {
   }
   /// The rows themselves, tokens [first, first + 16), all of which there must be: what decode reads in place.
   [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t first) const noexcept {
-    return {&k_(b, first, g, 0), k_.stride(1), &v_(b, first, g, 0), v_.stride(1)};
+    return {row_group(k_, b, first, g), row_group(v_, b, first, g)};
   }
 
  private:
+  template <class T>
+  [[nodiscard]] static detail::row_group<T> row_group(const tensor_view<const T, 4>& rows, index_t b, index_t first,
+                                                      index_t g) noexcept {
+    // The next group is the same tokens' of the next head, or the head's own next tokens: whichever are nearer.
+    const index_t head = rows.stride(2), own = detail::group_tokens * rows.stride(1);
+    const index_t next = std::abs(head) < std::abs(own) ? head : own, size = sizeof(T);
+    const index_t groups = detail::ceil_div(detail::read_ahead_bytes(), detail::group_tokens * rows.extent(3) * size);
+    return {&rows(b, first, g, 0), rows.stride(1), groups * next * size};
+  }
+
   tensor_view<const K, 4> k_;
   tensor_view<const V, 4> v_;
 };

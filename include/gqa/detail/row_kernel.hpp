@@ -14,10 +14,11 @@
 /// one lane; which of the two a tile takes depends on its own sequence alone.
 #pragma once
 
-#include <array>
 #include <type_traits>
+#include <utility>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
@@ -30,13 +31,17 @@ inline namespace GQA_ISA {
 /// Tokens of a group: whole packets of any ISA.
 inline constexpr index_t group_tokens = panel_tokens;
 
-/// 16 rows of keys [16, D] and values [16, E] in memory. Strides in elements.
+/// 16 rows of keys [16, D] or values [16, E] in memory.
+template <class T>
+struct row_group {
+  const T* at;
+  index_t stride;  // elements
+  index_t ahead;   // bytes to the group that is read next, if that pays; else 0
+};
 template <class K, class V>
 struct kv_rows {
-  const K* k;
-  index_t k_stride;
-  const V* v;
-  index_t v_stride;
+  row_group<K> k;
+  row_group<V> v;
 };
 
 /// How rows of T meet a left operand of L: one by one in accumulators, or as pairs of 16-bit neighbours.
@@ -52,19 +57,23 @@ template <class A, class K, class L>
 
 /// lanes[r] = the products of q's row r and one key, summed over the packets of the key.
 template <int Rows, class A, class L, class K>
-GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t head_dim, A* lanes,
+GQA_INLINE void dot_lanes(const K* key, index_t ahead, const L* q, index_t q_stride, index_t head_dim, A* lanes,
                           index_t lanes_stride) noexcept {
   packet<A> sum[Rows][1];
   clear<A>(sum);
   if constexpr (multiplies_pairs<K, L>) {
     using product = lane_product<K, L>;
-    for (index_t d = 0; d < head_dim; d += 2 * packet_size<A>) {
+    constexpr index_t step_elements = 2 * packet_size<A>;
+    for (index_t d = 0; d < head_dim; d += step_elements) {
+      if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<step_elements>(key + d, d, ahead);
       const typename product::right step = product::load(key + d, 0);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r][0] = product::madd(product::load(q + r * q_stride + d, 0), step, sum[r][0]);
     }
   } else {
-    for (index_t d = 0; d < head_dim; d += packet_size<A>) {
+    constexpr index_t step_elements = packet_size<A>;
+    for (index_t d = 0; d < head_dim; d += step_elements) {
+      if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<step_elements>(key + d, d, ahead);
       packet<A> step = load_as<A>(key + d);
       keep_in_register(step);
       GQA_UNROLL
@@ -92,20 +101,21 @@ template <class A>
 }
 
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
-template <int Rows, class A, class L, class K, class V>
-void score_rows(const kv_rows<K, V>& kv, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
+template <int Rows, class A, class L, class K>
+void score_rows(const row_group<K>& keys, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][width * width];
   for (index_t t = 0; t < group_tokens; t += width) {
     for (index_t i = 0; i < width; ++i)
-      dot_lanes<Rows>(kv.k + (t + i) * kv.k_stride, q, q_stride, head_dim, lanes[0] + i * width, width * width);
+      dot_lanes<Rows>(keys.at + (t + i) * keys.stride, keys.ahead, q, q_stride, head_dim, lanes[0] + i * width,
+                      width * width);
     for (int r = 0; r < Rows; ++r) store(s + r * tile_tokens + t, sum_each<A>(lanes[r]));
   }
 }
 
 /// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
-template <int Rows, int Vectors, class A, class L, class K, class V>
-void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sums_stride, index_t column) noexcept {
+template <int Rows, int Vectors, class A, class L, class V>
+void value_row_columns(const row_group<V>& rows, const L* p, A* sums, index_t sums_stride, index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
@@ -116,10 +126,15 @@ void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sum
   if constexpr (multiplies_pairs<V, L>) {
     using product = lane_product<V, L>;
     for (index_t t = 0; t < group_tokens; t += 2) {
-      const V* const row = kv.v + t * kv.v_stride + column;
+      const V* const row = rows.at + t * rows.stride + column;
+      GQA_UNROLL
+      for (int v = 0; v < Vectors && Rows >= rows_that_read_ahead; ++v) {
+        fetch_ahead<width>(row + v * width, column + v * width, rows.ahead);
+        fetch_ahead<width>(row + rows.stride + v * width, column + v * width, rows.ahead);
+      }
       typename product::right step[Vectors];
       GQA_UNROLL
-      for (int v = 0; v < Vectors; ++v) step[v] = load_two_rows(row + v * width, row + kv.v_stride + v * width);
+      for (int v = 0; v < Vectors; ++v) step[v] = load_two_rows(row + v * width, row + rows.stride + v * width);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) {
         const typename product::left weights = product::broadcast(p + r * tile_tokens + t, 0);
@@ -129,10 +144,12 @@ void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sum
     }
   } else {
     for (index_t t = 0; t < group_tokens; ++t) {
+      const V* const row = rows.at + t * rows.stride + column;
       packet<A> step[Vectors];
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v) {
-        step[v] = load_as<A>(kv.v + t * kv.v_stride + column + v * width);
+        if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<width>(row + v * width, column + v * width, rows.ahead);
+        step[v] = load_as<A>(row + v * width);
         keep_in_register(step[v]);
       }
       GQA_UNROLL
@@ -152,15 +169,15 @@ void value_row_columns(const kv_rows<K, V>& kv, const L* p, A* sums, index_t sum
 
 /// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those. Few rows leave registers for
 /// twice the columns: whole rows of values at a time.
-template <int Rows, class A, class L, class K, class V>
-void value_rows(const kv_rows<K, V>& kv, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
+template <int Rows, class A, class L, class V>
+void value_rows(const row_group<V>& rows, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
                 index_t value_dim) noexcept {
   constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
   index_t column = 0;
   for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<Rows, wide>(kv, p, sums.values, sums_stride, column);
+    value_row_columns<Rows, wide>(rows, p, sums.values, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<Rows, block_vectors>(kv, p, sums.values, sums_stride, column);
+    value_row_columns<Rows, block_vectors>(rows, p, sums.values, sums_stride, column);
   if constexpr (!sums_in_lanes<L>) {
     using product = lane_product<V, L>;
     for (int r = 0; r < Rows; ++r) {
@@ -173,14 +190,9 @@ void value_rows(const kv_rows<K, V>& kv, const L* p, const weighted_sums<A>& sum
 /// The two products for each number of rows in a block.
 template <class A, class L, class K, class V>
 struct row_kernels {
-  using scores_kernel = void (*)(const kv_rows<K, V>&, const L*, index_t, index_t, A*) noexcept;
-  using values_kernel = void (*)(const kv_rows<K, V>&, const L*, const weighted_sums<A>&, index_t, index_t) noexcept;
-  static constexpr std::array<scores_kernel, block_rows> scores = {
-      score_rows<1, A, L, K, V>, score_rows<2, A, L, K, V>, score_rows<3, A, L, K, V>,
-      score_rows<4, A, L, K, V>, score_rows<5, A, L, K, V>, score_rows<6, A, L, K, V>};
-  static constexpr std::array<values_kernel, block_rows> values = {
-      value_rows<1, A, L, K, V>, value_rows<2, A, L, K, V>, value_rows<3, A, L, K, V>,
-      value_rows<4, A, L, K, V>, value_rows<5, A, L, K, V>, value_rows<6, A, L, K, V>};
+  static constexpr std::make_integer_sequence<int, block_rows> blocks{};
+  static constexpr auto scores = by_rows([]<int Rows>() { return &score_rows<Rows, A, L, K>; }, blocks);
+  static constexpr auto values = by_rows([]<int Rows>() { return &value_rows<Rows, A, L, V>; }, blocks);
 };
 
 }  // namespace GQA_ISA

@@ -22,6 +22,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/tile.hpp>
@@ -187,8 +188,8 @@ class tile_engine {
   void score_group(const row_tile& t, index_t i, index_t n, workspace& w) const noexcept {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
-      row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](rows, w.q, q_stride(), problem_.shape.head_dim,
-                                                                        w.s + n * group_tokens);
+      row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
+          rows.k, w.q, q_stride(), problem_.shape.head_dim, w.s + n * group_tokens);
     }
   }
   /// In place, once all groups are scored: their weights.
@@ -203,7 +204,7 @@ class tile_engine {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
-          rows, w.p + n * group_tokens, {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
+          rows.v, w.p + n * group_tokens, {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
       if (n + 1 == tile_tokens / group_tokens)
         add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha, {states.out, weight_sums_of(states, 0)}, t.rows,
                          out_stride());
@@ -378,7 +379,8 @@ class tile_engine {
                    const raw_states<A>& states) const noexcept {
     using kernels = row_block_kernels<P, L>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
-    const block_operands<P, L> op = operands_of(tile, w, states);
+    block_operands<P, L> op = operands_of(tile, w, states);
+    op.read_ahead = read_ahead_;
     kernels::streamed_scores[rows](op);
     fetch_start(tile.v[0]);
     softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
@@ -523,6 +525,7 @@ class tile_engine {
   score_rules<A, L, Variant> rules_;
   interval_rule interval_;
   fetched_bytes fetched_;
+  index_t read_ahead_ = read_ahead_bytes();
   bool sees_intervals_;  // whether the interval rules alone decide what is seen
   bool streams_;         // whether few rows stream tiles, which lie in memory then
   bool reads_rows_;      // whether few rows read rows of tensors in place
