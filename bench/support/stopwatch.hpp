@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <numeric>
 #include <vector>
 
 namespace gqa::bench {
@@ -22,6 +23,7 @@ class samples {
   void add(double x) { values_.push_back(x); }
   [[nodiscard]] bool empty() const { return values_.empty(); }
   [[nodiscard]] std::size_t size() const { return values_.size(); }
+  [[nodiscard]] double sum() const { return std::accumulate(values_.begin(), values_.end(), 0.0); }
   [[nodiscard]] double median() const {
     std::vector<double> sorted = values_;
     const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);

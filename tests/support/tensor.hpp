@@ -5,13 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <memory_resource>
 #include <vector>
 
 #include <gqa/tensor_view.hpp>
 
 namespace gqa::test {
 
-// A tensor [B, S, H, D] in either order of memory.
+// A tensor [B, S, H, D] in either order of memory, which the default memory resource gives.
 template <class T>
 class tensor {
  public:
@@ -22,8 +23,8 @@ class tensor {
 
   tensor_view<T, 4> view() { return make_view<T>(data_.data()); }
   tensor_view<const T, 4> view() const { return make_view<const T>(data_.data()); }
-  std::vector<T>& data() { return data_; }
-  const std::vector<T>& data() const { return data_; }
+  std::pmr::vector<T>& data() { return data_; }
+  const std::pmr::vector<T>& data() const { return data_; }
 
  private:
   template <class U>
@@ -35,7 +36,7 @@ class tensor {
 
   std::array<index_t, 4> extents_;
   layout order_;
-  std::vector<T> data_;
+  std::pmr::vector<T> data_;
 };
 
 // Indices [begin, begin + count) of one axis of a view.

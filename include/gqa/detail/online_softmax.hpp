@@ -125,6 +125,8 @@ inline constexpr A unit_weight = A{1} / (1 << headroom);
 /// Joins a row's sink logit (natural units, -inf for none), which adds to the sum and has value 0.
 template <class A>
 [[nodiscard]] finished_row<A> finish_row(A max, A sum, A sink) noexcept {
+  // Most rows; what follows comes to the same, by two exponentials.
+  if (sink == minus_infinity<A> && max > minus_infinity<A>) return {max, A{1}, sum};
   const A sink2 = scalar_mul(sink, std::numbers::log2e_v<A>);
   const A top = sink2 > max ? sink2 : max;
   if (top == minus_infinity<A> && sum == A{0}) return {minus_infinity<A>, A{0}, A{0}};

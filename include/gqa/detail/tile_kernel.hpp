@@ -233,24 +233,28 @@ void score_block(const block_operands<P, L>& op) noexcept {
 }
 
 /// Calls f.template operator()<Vectors, Weights>(block, columns, column) for the value columns, block by block of 64,
-/// at most `Most` packets at a time. Unless the softmax sums weights, the first columns add up those of half of the
-/// rows, the second ones the others': beside 6 x 4 sums of packets there are registers for 3 more, not for 6.
+/// at most `Most` packets at a time. Unless the softmax sums weights, some columns do: beside 6 x 4 sums of packets
+/// there are registers for 3 more, not for 6, so the first two of full width add up those of half of the rows each;
+/// narrower ones, or the only ones, all.
 template <class P, class L, int Most, class F>
 GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
   using A = accumulator_t<P>;
   constexpr bool adds = !sums_in_lanes<L>;
-  constexpr auto given = [](weight_rows rows) { return adds ? rows : weight_rows::none; };
   constexpr index_t width = Most * packet_size<A>;
+  const bool in_halves = value_dim >= 2 * width;
+  const index_t adds_all = value_dim <= width ? 0 : width;
   for (index_t block = 0; block < value_dim; block += value_block) {
     const index_t columns = std::min(value_block, value_dim - block);
     for_each_column_block<A, Most>(0, columns, [&]<int Vectors>(index_t column) {
-      if (adds && block + column == 0) {
-        if (value_dim <= width) return f.template operator()<Vectors, given(weight_rows::all)>(block, columns, column);
-        return f.template operator()<Vectors, given(weight_rows::first_half)>(block, columns, column);
+      const auto call = [&]<weight_rows Weights>() { f.template operator()<Vectors, Weights>(block, columns, column); };
+      if constexpr (adds && Vectors == Most) {
+        if (in_halves && block + column == 0) return call.template operator()<weight_rows::first_half>();
+        if (in_halves && block + column == width) return call.template operator()<weight_rows::second_half>();
       }
-      if (adds && block + column == width)
-        return f.template operator()<Vectors, given(weight_rows::second_half)>(block, columns, column);
-      f.template operator()<Vectors, weight_rows::none>(block, columns, column);
+      if constexpr (adds) {
+        if (!in_halves && block + column == adds_all) return call.template operator()<weight_rows::all>();
+      }
+      call.template operator()<weight_rows::none>();
     });
   }
 }
