@@ -15,7 +15,11 @@
 
 #include <gqa/gqa.hpp>
 
+#include "../tests/support/kernels.hpp"
 #include "support/eigen_attention.hpp"
+#ifdef GQA_BENCH_ONEDNN
+#include "support/onednn_attention.hpp"
+#endif
 #include "support/operands.hpp"
 #include "support/probes.hpp"
 #include "support/stopwatch.hpp"
@@ -124,8 +128,9 @@ struct twin {
   [[nodiscard]] bool is_timed_enough() const { return times.size() >= 3 || times.sum() >= 1; }
 };
 
-// The twins of a case: the Eigen loop (in float, and without a window, which it does not know), and multi-head and
-// multi-query attention of the same model. Left out where their operands would take a gigabyte.
+// The twins of a case: the Eigen loop (in float) and, where it is installed, a oneDNN loop in the case's own type,
+// which know no window; and multi-head and multi-query attention of the same model. Left out where their operands would
+// take a gigabyte.
 template <class Q, class K>
 std::vector<twin> twins_of(const attention_case& c, context& ctx) {
   std::vector<twin> twins;
@@ -137,6 +142,17 @@ std::vector<twin> twins_of(const attention_case& c, context& ctx) {
     twins.push_back(
         {"x_eigen", [in, &ctx] { eigen_attention(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx); }});
   }
+#ifdef GQA_BENCH_ONEDNN
+  if constexpr (std::is_same_v<Q, K> && onednn_multiplies<K>) {
+    if (c.window < 0 && token_bytes * static_cast<double>(n.kv_heads) < too_many) {
+      const auto in = std::make_shared<operands<K, K>>(n, c.where == storage::bhsd ? layout::bhsd : layout::bshd);
+      const auto call = [in, &ctx] {
+        onednn_attention<K>(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx);
+      };
+      twins.push_back({"x_onednn", call});
+    }
+  }
+#endif
   const auto add = [&](const char* counter, index_t kv_heads) {
     if (n.kv_heads == kv_heads || token_bytes * static_cast<double>(kv_heads) >= too_many) return;
     const auto call = std::make_shared<tiled<Q, K>>(c.with_kv_heads(kv_heads));

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../examples/llama/generate.hpp"
+#include "support/kernels.hpp"
 #include "support/test_data.hpp"
 
 namespace gqa::test {

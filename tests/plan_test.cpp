@@ -8,6 +8,7 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/kernels.hpp"
 #include "support/rng.hpp"
 #include "support/tensor.hpp"
 

@@ -12,6 +12,7 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/kernels.hpp"
 #include "support/matchers.hpp"
 #include "support/test_data.hpp"
 

@@ -16,6 +16,7 @@
 #include <gqa/attention.hpp>
 
 #include "cases.hpp"
+#include "kernels.hpp"
 #include "matchers.hpp"
 #include "oracle.hpp"
 

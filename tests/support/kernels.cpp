@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define GQA_TEST_KERNEL template
+#include "kernels.hpp"

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels are most of what takes a compiler its time in a program that calls attention: tests share those that
+// kernels.cpp compiles.
+#pragma once
+
+#include <gqa/gqa.hpp>
+
+#ifndef GQA_TEST_KERNEL
+#define GQA_TEST_KERNEL extern template
+#endif
+
+// Panels of P, queries and weights in L, accumulators in A.
+#define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                   \
+  GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
+  GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                        \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                    \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                    \
+  GQA_TEST_KERNEL void score_rows<rows, A, L, P>(const row_group<P>&, const L*, index_t, index_t, A*) noexcept;   \
+  GQA_TEST_KERNEL void value_rows<rows, A, L, P>(const row_group<P>&, const L*, const weighted_sums<A>&, index_t, \
+                                                 index_t) noexcept;
+#define GQA_TEST_KERNELS(P, L, A)      \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 1) \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 2) \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 3) \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 4) \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 5) \
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 6)
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+GQA_TEST_KERNELS(float, float, float)
+GQA_TEST_KERNELS(double, double, double)
+GQA_TEST_KERNELS(Eigen::half, float, float)
+GQA_TEST_KERNELS(Eigen::bfloat16, float, float)
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
+GQA_TEST_KERNELS(Eigen::bfloat16, Eigen::bfloat16, float)
+#endif
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail
+
+#undef GQA_TEST_KERNELS
+#undef GQA_TEST_KERNELS_OF_ROWS
+#undef GQA_TEST_KERNEL
