@@ -37,6 +37,7 @@ struct attention_case {
   index_t window = -1;  // keys before the query's own that it sees; -1: all
   int threads = 1;
 
+  [[nodiscard]] layout kv_layout() const { return where == storage::bhsd ? layout::bhsd : layout::bshd; }
   [[nodiscard]] attention_options options() const { return {.causal = true, .window = {window, -1}}; }
 
   [[nodiscard]] std::string name(const char* implementation, const char* dtype) const {
@@ -98,7 +99,7 @@ read_probe& memory() {
 template <class Q, class K>
 class tiled {
  public:
-  explicit tiled(const attention_case& c) : of(c), in(c.shape, c.where == storage::bhsd ? layout::bhsd : layout::bshd) {
+  explicit tiled(const attention_case& c) : of(c), in(c.shape, c.kv_layout()) {
     const auto& n = c.shape;
     if (c.where == storage::bshd || c.where == storage::bhsd) return;
     huge_pages* const memory = c.where == storage::cache ? &pages_ : nullptr;
@@ -137,21 +138,14 @@ std::vector<twin> twins_of(const attention_case& c, context& ctx) {
   const auto& n = c.shape;
   const double token_bytes = static_cast<double>(n.batch * n.kv_len * (n.head_dim + n.value_dim)) * sizeof(float);
   constexpr double too_many = 1 << 30;
-  if (c.window < 0 && token_bytes * static_cast<double>(n.kv_heads) < too_many) {
-    const auto in = std::make_shared<operands<float, float>>(n, c.where == storage::bhsd ? layout::bhsd : layout::bshd);
-    twins.push_back(
-        {"x_eigen", [in, &ctx] { eigen_attention(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx); }});
-  }
+  const auto add_loop = [&]<class T>(const char* counter, const T&, auto loop) {
+    if (c.window >= 0 || token_bytes * static_cast<double>(n.kv_heads) >= too_many) return;
+    const auto in = std::make_shared<operands<T, T>>(n, c.kv_layout());
+    twins.push_back({counter, [=, &ctx] { loop(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx); }});
+  };
+  add_loop("x_eigen", float{}, eigen_attention);
 #ifdef GQA_BENCH_ONEDNN
-  if constexpr (std::is_same_v<Q, K> && onednn_multiplies<K>) {
-    if (c.window < 0 && token_bytes * static_cast<double>(n.kv_heads) < too_many) {
-      const auto in = std::make_shared<operands<K, K>>(n, c.where == storage::bhsd ? layout::bhsd : layout::bshd);
-      const auto call = [in, &ctx] {
-        onednn_attention<K>(in->q.view(), in->k.view(), in->v.view(), in->out.view(), ctx);
-      };
-      twins.push_back({"x_onednn", call});
-    }
-  }
+  if constexpr (std::is_same_v<Q, K> && onednn_multiplies<K>) add_loop("x_onednn", K{}, onednn_attention<K>);
 #endif
   const auto add = [&](const char* counter, index_t kv_heads) {
     if (n.kv_heads == kv_heads || token_bytes * static_cast<double>(kv_heads) >= too_many) return;

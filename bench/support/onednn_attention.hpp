@@ -14,13 +14,14 @@
 #include <vector>
 
 #include <gqa/context.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa::bench {
 
-// Element types that it multiplies on every machine that multiplies them fast.
+// Element types whose products it has wherever this program runs.
 template <class T>
-inline constexpr bool onednn_multiplies = std::is_same_v<T, float> || std::is_same_v<T, Eigen::bfloat16>;
+inline constexpr bool onednn_multiplies = std::is_same_v<T, float> || detail::has_dot<T>;
 
 // A batch of matrices [batch, rows, columns] of a tensor; a batch of 1 serves all of the other operand's.
 template <class T>

@@ -35,7 +35,9 @@ namespace gqa {
 ///   find_fault()      what is wrong with the source itself; checked at the door
 /// and, where it has them:
 ///   keys(), values()  views of its memory, which no output may overlap
-///   rows(b, g, t)     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp)
+///   rows(b, g, t), rows_ahead()
+///                     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp), and how far
+///                     ahead of them it asks for memory
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
 template <class S>
 concept kv_source = !tensor_like<S> && requires(const std::remove_cvref_t<S>& kv,
@@ -99,18 +101,17 @@ class dense_kv {
   }
   /// The rows themselves, tokens [first, first + 16), all of which there must be: what decode reads in place.
   [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t first) const noexcept {
-    return {row_group(k_, b, first, g), row_group(v_, b, first, g)};
+    return {{&k_(b, first, g, 0), k_.stride(1)}, {&v_(b, first, g, 0), v_.stride(1)}};
   }
+  /// How far ahead of rows it pays to ask for memory, of views that have passed the checks of a call.
+  [[nodiscard]] detail::groups_ahead rows_ahead() const noexcept { return {bytes_ahead(k_), bytes_ahead(v_)}; }
 
  private:
   template <class T>
-  [[nodiscard]] static detail::row_group<T> row_group(const tensor_view<const T, 4>& rows, index_t b, index_t first,
-                                                      index_t g) noexcept {
-    // The next group is the same tokens' of the next head, or the head's own next tokens: whichever are nearer.
-    const index_t head = rows.stride(2), own = detail::group_tokens * rows.stride(1);
-    const index_t next = std::abs(head) < std::abs(own) ? head : own, size = sizeof(T);
-    const index_t groups = detail::ceil_div(detail::read_ahead_bytes(), detail::group_tokens * rows.extent(3) * size);
-    return {&rows(b, first, g, 0), rows.stride(1), groups * next * size};
+  [[nodiscard]] index_t bytes_ahead(const tensor_view<const T, 4>& rows) const noexcept {
+    constexpr index_t size = sizeof(T);
+    const index_t next = heads_lie_together() ? rows.stride(2) : detail::group_tokens * rows.stride(1);
+    return detail::ceil_div(detail::read_ahead_bytes(), detail::group_tokens * rows.extent(3) * size) * next * size;
   }
 
   tensor_view<const K, 4> k_;

@@ -7,8 +7,9 @@
 /// multiply-adds a line two thirds as much comes as a bare loop gets, with 8 half. Lines asked for by software leave
 /// the window at once.
 ///
-/// Measured on Zen 5 (docs/03_performance.md): 8 KiB, into L2, is best for 4 and 8 rows; 1 and 2 rows are as fast
-/// without. Zen 4, whose own prefetchers keep up with 4 rows, loses a tenth to a third.
+/// Measured on Zen 5 (docs/03_performance.md): 8 KiB, into L2, is best for 4 and 8 rows; a single row is as fast or
+/// faster without. On Zen 4, whose own prefetchers keep up with 4 rows, lines fetched into L1 cost them a tenth to a
+/// third.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +45,13 @@ inline constexpr int rows_that_read_ahead = 3;
 }
 
 /// Asks for what lies `ahead` bytes after `at`, the i-th element of a piece of memory that is read in steps of `Step`
-/// elements: once a cache line.
-template <index_t Step, class T>
+/// elements: once a cache line, if `Rows` rows are enough for it to pay.
+template <int Rows, index_t Step, class T>
 GQA_INLINE void fetch_ahead(const T* at, index_t i, index_t ahead) noexcept {
   constexpr index_t line = 64 / index_t{sizeof(T)};
-  if (Step >= line || i % line == 0) prefetch<2>(at, ahead);
+  if constexpr (Rows >= rows_that_read_ahead) {
+    if (Step >= line || i % line == 0) prefetch<2>(at, ahead);
+  }
 }
 
 }  // namespace GQA_ISA

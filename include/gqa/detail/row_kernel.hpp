@@ -36,12 +36,15 @@ template <class T>
 struct row_group {
   const T* at;
   index_t stride;  // elements
-  index_t ahead;   // bytes to the group that is read next, if that pays; else 0
 };
 template <class K, class V>
 struct kv_rows {
   row_group<K> k;
   row_group<V> v;
+};
+/// Bytes from any group of a call to the one that is read read_ahead_bytes() later.
+struct groups_ahead {
+  index_t k = 0, v = 0;
 };
 
 /// How rows of T meet a left operand of L: one by one in accumulators, or as pairs of 16-bit neighbours.
@@ -65,7 +68,7 @@ GQA_INLINE void dot_lanes(const K* key, index_t ahead, const L* q, index_t q_str
     using product = lane_product<K, L>;
     constexpr index_t step_elements = 2 * packet_size<A>;
     for (index_t d = 0; d < head_dim; d += step_elements) {
-      if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<step_elements>(key + d, d, ahead);
+      fetch_ahead<Rows, step_elements>(key + d, d, ahead);
       const typename product::right step = product::load(key + d, 0);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r][0] = product::madd(product::load(q + r * q_stride + d, 0), step, sum[r][0]);
@@ -73,7 +76,7 @@ GQA_INLINE void dot_lanes(const K* key, index_t ahead, const L* q, index_t q_str
   } else {
     constexpr index_t step_elements = packet_size<A>;
     for (index_t d = 0; d < head_dim; d += step_elements) {
-      if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<step_elements>(key + d, d, ahead);
+      fetch_ahead<Rows, step_elements>(key + d, d, ahead);
       packet<A> step = load_as<A>(key + d);
       keep_in_register(step);
       GQA_UNROLL
@@ -102,12 +105,13 @@ template <class A>
 
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
 template <int Rows, class A, class L, class K>
-void score_rows(const row_group<K>& keys, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
+void score_rows(const row_group<K>& keys, index_t ahead, const L* q, index_t q_stride, index_t head_dim,
+                A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][width * width];
   for (index_t t = 0; t < group_tokens; t += width) {
     for (index_t i = 0; i < width; ++i)
-      dot_lanes<Rows>(keys.at + (t + i) * keys.stride, keys.ahead, q, q_stride, head_dim, lanes[0] + i * width,
+      dot_lanes<Rows>(keys.at + (t + i) * keys.stride, ahead, q, q_stride, head_dim, lanes[0] + i * width,
                       width * width);
     for (int r = 0; r < Rows; ++r) store(s + r * tile_tokens + t, sum_each<A>(lanes[r]));
   }
@@ -115,7 +119,8 @@ void score_rows(const row_group<K>& keys, const L* q, index_t q_stride, index_t 
 
 /// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
 template <int Rows, int Vectors, class A, class L, class V>
-void value_row_columns(const row_group<V>& rows, const L* p, A* sums, index_t sums_stride, index_t column) noexcept {
+void value_row_columns(const row_group<V>& rows, index_t ahead, const L* p, A* sums, index_t sums_stride,
+                       index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
@@ -128,9 +133,9 @@ void value_row_columns(const row_group<V>& rows, const L* p, A* sums, index_t su
     for (index_t t = 0; t < group_tokens; t += 2) {
       const V* const row = rows.at + t * rows.stride + column;
       GQA_UNROLL
-      for (int v = 0; v < Vectors && Rows >= rows_that_read_ahead; ++v) {
-        fetch_ahead<width>(row + v * width, column + v * width, rows.ahead);
-        fetch_ahead<width>(row + rows.stride + v * width, column + v * width, rows.ahead);
+      for (int v = 0; v < Vectors; ++v) {
+        fetch_ahead<Rows, width>(row + v * width, column + v * width, ahead);
+        fetch_ahead<Rows, width>(row + rows.stride + v * width, column + v * width, ahead);
       }
       typename product::right step[Vectors];
       GQA_UNROLL
@@ -148,7 +153,7 @@ void value_row_columns(const row_group<V>& rows, const L* p, A* sums, index_t su
       packet<A> step[Vectors];
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v) {
-        if constexpr (Rows >= rows_that_read_ahead) fetch_ahead<width>(row + v * width, column + v * width, rows.ahead);
+        fetch_ahead<Rows, width>(row + v * width, column + v * width, ahead);
         step[v] = load_as<A>(row + v * width);
         keep_in_register(step[v]);
       }
@@ -170,14 +175,14 @@ void value_row_columns(const row_group<V>& rows, const L* p, A* sums, index_t su
 /// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those. Few rows leave registers for
 /// twice the columns: whole rows of values at a time.
 template <int Rows, class A, class L, class V>
-void value_rows(const row_group<V>& rows, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
+void value_rows(const row_group<V>& rows, index_t ahead, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
                 index_t value_dim) noexcept {
   constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
   index_t column = 0;
   for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<Rows, wide>(rows, p, sums.values, sums_stride, column);
+    value_row_columns<Rows, wide>(rows, ahead, p, sums.values, sums_stride, column);
   for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<Rows, block_vectors>(rows, p, sums.values, sums_stride, column);
+    value_row_columns<Rows, block_vectors>(rows, ahead, p, sums.values, sums_stride, column);
   if constexpr (!sums_in_lanes<L>) {
     using product = lane_product<V, L>;
     for (int r = 0; r < Rows; ++r) {

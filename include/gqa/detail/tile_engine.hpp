@@ -112,7 +112,9 @@ class tile_engine {
         fetched_(fetched_of(p.shape)),
         sees_intervals_(!p.options.mask && !hides_positions<Variant> && !hides_blocks<Variant>),
         streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
-        reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {}
+        reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {
+    if constexpr (has_rows) rows_ahead_ = kv.rows_ahead();
+  }
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -189,7 +191,7 @@ class tile_engine {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
-          rows.k, w.q, q_stride(), problem_.shape.head_dim, w.s + n * group_tokens);
+          rows.k, rows_ahead_.k, w.q, q_stride(), problem_.shape.head_dim, w.s + n * group_tokens);
     }
   }
   /// In place, once all groups are scored: their weights.
@@ -203,8 +205,9 @@ class tile_engine {
   void apply_group(const row_tile& t, index_t i, index_t n, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, i * tile_tokens + n * group_tokens);
-      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
-          rows.v, w.p + n * group_tokens, {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
+      row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](rows.v, rows_ahead_.v, w.p + n * group_tokens,
+                                                                        {w.tile_sums, w.tile_weights}, out_stride(),
+                                                                        problem_.shape.value_dim);
       if (n + 1 == tile_tokens / group_tokens)
         add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha, {states.out, weight_sums_of(states, 0)}, t.rows,
                          out_stride());
@@ -379,8 +382,7 @@ class tile_engine {
                    const raw_states<A>& states) const noexcept {
     using kernels = row_block_kernels<P, L>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
-    block_operands<P, L> op = operands_of(tile, w, states);
-    op.read_ahead = read_ahead_;
+    const block_operands<P, L> op = operands_of(tile, w, states);
     kernels::streamed_scores[rows](op);
     fetch_start(tile.v[0]);
     softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
@@ -424,7 +426,8 @@ class tile_engine {
             tile_panels,
             w.tile_sums,
             w.tile_weights,
-            {tile.k[0], 0, 0}};
+            {tile.k[0], 0, 0},
+            read_ahead_};
   }
   /// The same of rows [row, row_end), on the panels that some of them see.
   void move_to(index_t row, index_t row_end, const workspace& w, const raw_states<A>& states,
@@ -526,9 +529,10 @@ class tile_engine {
   interval_rule interval_;
   fetched_bytes fetched_;
   index_t read_ahead_ = read_ahead_bytes();
-  bool sees_intervals_;  // whether the interval rules alone decide what is seen
-  bool streams_;         // whether few rows stream tiles, which lie in memory then
-  bool reads_rows_;      // whether few rows read rows of tensors in place
+  groups_ahead rows_ahead_;  // the same of rows read in place
+  bool sees_intervals_;      // whether the interval rules alone decide what is seen
+  bool streams_;             // whether few rows stream tiles, which lie in memory then
+  bool reads_rows_;          // whether few rows read rows of tensors in place
 };
 
 }  // namespace GQA_ISA

@@ -123,16 +123,12 @@ struct block_operands {
   A* tile_sums;                    // [Rows, padded E] and
   A* tile_weights;                 // [Rows]: scratch of products in the order of memory
   next_tile<P> next;
-  index_t read_ahead = 0;  // bytes, of kernels that read memory in order
+  index_t read_ahead;  // bytes, of products in the order of memory
 };
 
-/// What scores ask for while they are computed.
-enum class asks_for { next_tile, lines_ahead, nothing };
-template <int Rows>
-inline constexpr asks_for asks_in_order = Rows >= rows_that_read_ahead ? asks_for::lines_ahead : asks_for::nothing;
-
-/// S[:, column : column + Vectors packets] = Q K^T.
-template <class P, class L, int Rows, int Vectors, asks_for Asks>
+/// S[:, column : column + Vectors packets] = Q K^T; asks for the next tile, or, in the order of memory, for what
+/// follows.
+template <class P, class L, int Rows, int Vectors, bool InOrder>
 void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
@@ -147,10 +143,10 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   }
   index_t next = op.next.keys + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
-    if constexpr (Asks == asks_for::next_tile) prefetch<2>(op.next.at, next), next += 64;
+    if constexpr (!InOrder) prefetch<2>(op.next.at, next), next += 64;
     GQA_UNROLL
-    for (int v = 0; v < Vectors && Asks == asks_for::lines_ahead; ++v)
-      fetch_ahead<width * lanes>(b[v], d * panel_tokens + v * width * lanes, op.read_ahead);
+    for (int v = 0; v < Vectors && InOrder; ++v)
+      fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes, op.read_ahead);
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -229,7 +225,7 @@ template <class P, class L, int Rows>
 void score_block(const block_operands<P, L>& op) noexcept {
   for_each_column_block<accumulator_t<P>>(
       op.panel_begin * panel_tokens, op.panel_end * panel_tokens,
-      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, asks_for::next_tile>(op, column); });
+      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, false>(op, column); });
 }
 
 /// Calls f.template operator()<Vectors, Weights>(block, columns, column) for the value columns, block by block of 64,
@@ -293,7 +289,7 @@ template <class P, class L, int Rows>
 void score_block_in_order(const block_operands<P, L>& op) noexcept {
   constexpr int panel_vectors = static_cast<int>(panel_tokens / packet_size<accumulator_t<P>>);
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel)
-    score_columns<P, L, Rows, panel_vectors, asks_in_order<Rows>>(op, panel * panel_tokens);
+    score_columns<P, L, Rows, panel_vectors, true>(op, panel * panel_tokens);
 }
 
 /// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
@@ -323,8 +319,8 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors && asks_in_order<Rows> == asks_for::lines_ahead; ++v)
-      fetch_ahead<width * lanes>(b[v], t * columns + v * width * lanes, op.read_ahead);
+    for (int v = 0; v < Vectors; ++v)
+      fetch_ahead<Rows, width * lanes>(b[v], t * columns + v * width * lanes, op.read_ahead);
     multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
     add_weights<P, L, Weights>(weights, op.p + panel * panel_tokens + t);
     GQA_UNROLL
