@@ -9,6 +9,7 @@
 #define GQA_TEST_KERNEL extern template
 #endif
 
+// NOLINTBEGIN(bugprone-macro-parentheses): types in template arguments and declarations take none
 // Panels of P, queries and weights in L, accumulators in A.
 #define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                   \
   GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
@@ -26,6 +27,7 @@
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 4) \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 5) \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 6)
+// NOLINTEND(bugprone-macro-parentheses)
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
