@@ -7,15 +7,9 @@
 /// multiply-adds a line two thirds as much comes as a bare loop gets, with 8 half. Lines asked for by software leave
 /// the window at once.
 ///
-/// Measured on Zen 5 (docs/03_performance.md): 8 KiB, into L2, is best for 4 and 8 rows; a single row is as fast or
-/// faster without. On Zen 4, whose own prefetchers keep up with 4 rows, lines fetched into L1 cost them a tenth to a
-/// third.
+/// Measured on Zen 4 and 5 (docs/03_performance.md): 8 KiB, into L2, is best for 4 and 8 rows, but for 4 of float on
+/// Zen 4, whose own prefetchers keep up with those; a single row is as fast or faster without.
 #pragma once
-
-#include <cstdint>
-#if defined(__GNUC__) && defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/packet.hpp>
@@ -26,31 +20,15 @@ inline namespace GQA_ISA {
 /// Rows of queries from which on it pays.
 inline constexpr int rows_that_read_ahead = 3;
 
-/// Whether this is a core of AMD's family 0x19, Zen 3 or 4.
-[[nodiscard]] inline bool is_zen_3_or_4() noexcept {
-#if defined(__GNUC__) && defined(__x86_64__)
-  unsigned eax = 0, vendor = 0, ecx = 0, edx = 0, ignored = 0;
-  if (__get_cpuid(0, &eax, &vendor, &ecx, &edx) == 0 || __get_cpuid(1, &eax, &ignored, &ecx, &edx) == 0) return false;
-  constexpr unsigned auth = 0x68747541;  // "Auth", of "AuthenticAMD"
-  return vendor == auth && (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x19;
-#else
-  return false;
-#endif
-}
+inline constexpr index_t read_ahead_bytes = 8192;
 
-/// Bytes ahead; 0, which asks for what is at hand, where it does not pay.
-[[nodiscard]] inline index_t read_ahead_bytes() noexcept {
-  static const index_t bytes = is_zen_3_or_4() ? 0 : 8192;
-  return bytes;
-}
-
-/// Asks for what lies `ahead` bytes after `at`, the i-th element of a piece of memory that is read in steps of `Step`
-/// elements: once a cache line, if `Rows` rows are enough for it to pay.
+/// Asks for the cache line read_ahead_bytes after `at`, the i-th element of a piece of memory that is read in steps of
+/// `Step` elements, if `Rows` rows are enough for it to pay: once a line.
 template <int Rows, index_t Step, class T>
-GQA_INLINE void fetch_ahead(const T* at, index_t i, index_t ahead) noexcept {
+GQA_INLINE void fetch_ahead(const T* at, index_t i) noexcept {
   constexpr index_t line = 64 / index_t{sizeof(T)};
   if constexpr (Rows >= rows_that_read_ahead) {
-    if (Step >= line || i % line == 0) prefetch<2>(at, ahead);
+    if (Step >= line || i % line == 0) prefetch<2>(at, read_ahead_bytes);
   }
 }
 

@@ -4,8 +4,10 @@
 ///
 /// With a handful of query rows a tile is read about as fast as it comes from memory, so packing it would double the
 /// traffic in cache. Per tile of 64 tokens: reads 64 (D + E) elements once, each row from end to end, and does
-/// 64 R (D + E) multiply-adds. The order is the memory's own, one token after the other, because that is what hardware
-/// prefetchers follow: sixteen tokens side by side, as a transposing kernel reads them, came at half the rate.
+/// 64 R (D + E) multiply-adds. The order is the memory's own, one token after the other and all of a row at once,
+/// because that is what hardware prefetchers follow: sixteen tokens side by side, as a transposing kernel reads them,
+/// or half a row of each of sixteen and then the other half, come at half the rate. Sums of whole rows of values for
+/// more than 3 query rows do not fit the registers, so a group of 16 tokens is read again, from L1, for the others.
 /// A call takes a group of 16 tokens, so that where a token's heads lie together the scheduler can visit all heads of
 /// a group before the next: sixteen streams, each from end to end.
 ///
@@ -18,7 +20,6 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
@@ -42,10 +43,24 @@ struct kv_rows {
   row_group<K> k;
   row_group<V> v;
 };
-/// Bytes from any group of a call to the one that is read read_ahead_bytes() later.
-struct groups_ahead {
-  index_t k = 0, v = 0;
+/// How groups are visited: by so many query rows of a KV head, and so many KV heads before the next group.
+struct group_visit {
+  index_t query_rows, heads;
 };
+
+/// Rows that a kernel asks for while it reads those of a group: the first one `bytes` after the group's own, each
+/// `stride` bytes after the one before it. None where `bytes` is 0.
+struct rows_ahead {
+  index_t bytes = 0, stride = 0;
+};
+
+/// Asks for the i-th of them, `elements` long.
+template <class T>
+GQA_INLINE void fetch_row(const T* group, const rows_ahead& ahead, index_t i, index_t elements) noexcept {
+  if (ahead.bytes == 0) return;
+  const index_t at = ahead.bytes + i * ahead.stride;
+  for (index_t byte = 0; byte < elements * index_t{sizeof(T)}; byte += 64) prefetch<2>(group, at + byte);
+}
 
 /// How rows of T meet a left operand of L: one by one in accumulators, or as pairs of 16-bit neighbours.
 template <class T, class L>
@@ -60,23 +75,19 @@ template <class A, class K, class L>
 
 /// lanes[r] = the products of q's row r and one key, summed over the packets of the key.
 template <int Rows, class A, class L, class K>
-GQA_INLINE void dot_lanes(const K* key, index_t ahead, const L* q, index_t q_stride, index_t head_dim, A* lanes,
+GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t head_dim, A* lanes,
                           index_t lanes_stride) noexcept {
   packet<A> sum[Rows][1];
   clear<A>(sum);
   if constexpr (multiplies_pairs<K, L>) {
     using product = lane_product<K, L>;
-    constexpr index_t step_elements = 2 * packet_size<A>;
-    for (index_t d = 0; d < head_dim; d += step_elements) {
-      fetch_ahead<Rows, step_elements>(key + d, d, ahead);
+    for (index_t d = 0; d < head_dim; d += 2 * packet_size<A>) {
       const typename product::right step = product::load(key + d, 0);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r][0] = product::madd(product::load(q + r * q_stride + d, 0), step, sum[r][0]);
     }
   } else {
-    constexpr index_t step_elements = packet_size<A>;
-    for (index_t d = 0; d < head_dim; d += step_elements) {
-      fetch_ahead<Rows, step_elements>(key + d, d, ahead);
+    for (index_t d = 0; d < head_dim; d += packet_size<A>) {
       packet<A> step = load_as<A>(key + d);
       keep_in_register(step);
       GQA_UNROLL
@@ -87,40 +98,31 @@ GQA_INLINE void dot_lanes(const K* key, index_t ahead, const L* q, index_t q_str
   for (int r = 0; r < Rows; ++r) store(lanes + r * lanes_stride, sum[r][0]);
 }
 
-/// The sums of the lanes of packet_size<A> packets, one a lane: a transpose and a tree of additions.
-template <class A>
-[[nodiscard]] GQA_INLINE packet<A> sum_each(const A* lanes) noexcept {
-  constexpr int width = packet_size<A>;
-  packet<A> square[width];
-  GQA_UNROLL
-  for (int i = 0; i < width; ++i) square[i] = load(lanes + i * width);
-  transpose<A>(square);
-  GQA_UNROLL
-  for (int half = width / 2; half >= 1; half /= 2) {
-    GQA_UNROLL
-    for (int i = 0; i < half; ++i) square[i] = add(square[i], square[i + half]);
-  }
-  return square[0];
-}
-
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
 template <int Rows, class A, class L, class K>
-void score_rows(const row_group<K>& keys, index_t ahead, const L* q, index_t q_stride, index_t head_dim,
+void score_rows(const row_group<K>& keys, const rows_ahead& ahead, const L* q, index_t q_stride, index_t head_dim,
                 A* s) noexcept {
   constexpr index_t width = packet_size<A>;
-  alignas(64) A lanes[Rows][width * width];
-  for (index_t t = 0; t < group_tokens; t += width) {
-    for (index_t i = 0; i < width; ++i)
-      dot_lanes<Rows>(keys.at + (t + i) * keys.stride, ahead, q, q_stride, head_dim, lanes[0] + i * width,
-                      width * width);
-    for (int r = 0; r < Rows; ++r) store(s + r * tile_tokens + t, sum_each<A>(lanes[r]));
+  alignas(64) A lanes[Rows][group_tokens * width];
+  for (index_t t = 0; t < group_tokens; ++t) {
+    fetch_row(keys.at, ahead, t, head_dim);
+    dot_lanes<Rows>(keys.at + t * keys.stride, q, q_stride, head_dim, lanes[0] + t * width, group_tokens * width);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (index_t t = 0; t < group_tokens; t += width)
+      store(s + r * tile_tokens + t, sum_lanes_each(lanes[r] + t * width));
   }
 }
 
-/// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64.
+/// Query rows whose sums over a row of values, up to row_vectors packets of it, are kept in registers: 3 x 8 of 32, or
+/// 3 x 4 of 16.
+inline constexpr int pass_rows = 3;
+inline constexpr int row_vectors = 2 * block_vectors;
+
+/// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64; asks for rows ahead.
 template <int Rows, int Vectors, class A, class L, class V>
-void value_row_columns(const row_group<V>& rows, index_t ahead, const L* p, A* sums, index_t sums_stride,
-                       index_t column) noexcept {
+void value_row_columns(const row_group<V>& rows, const rows_ahead& ahead, index_t value_dim, const L* p, A* sums,
+                       index_t sums_stride, index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
@@ -131,37 +133,35 @@ void value_row_columns(const row_group<V>& rows, index_t ahead, const L* p, A* s
   if constexpr (multiplies_pairs<V, L>) {
     using product = lane_product<V, L>;
     for (index_t t = 0; t < group_tokens; t += 2) {
+      fetch_row(rows.at, ahead, t, value_dim), fetch_row(rows.at, ahead, t + 1, value_dim);
       const V* const row = rows.at + t * rows.stride + column;
+      typename product::left weight[Rows];
       GQA_UNROLL
-      for (int v = 0; v < Vectors; ++v) {
-        fetch_ahead<Rows, width>(row + v * width, column + v * width, ahead);
-        fetch_ahead<Rows, width>(row + rows.stride + v * width, column + v * width, ahead);
-      }
-      typename product::right step[Vectors];
+      for (int r = 0; r < Rows; ++r) weight[r] = product::broadcast(p + r * tile_tokens + t, 0);
       GQA_UNROLL
-      for (int v = 0; v < Vectors; ++v) step[v] = load_two_rows(row + v * width, row + rows.stride + v * width);
-      GQA_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const typename product::left weights = product::broadcast(p + r * tile_tokens + t, 0);
+      for (int v = 0; v < Vectors; v += 2) {
+        typename product::right step[2];
+        load_two_rows(row + v * width, row + rows.stride + v * width, step);
         GQA_UNROLL
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = product::madd(weights, step[v], sum[r][v]);
+        for (int r = 0; r < Rows; ++r) {
+          sum[r][v] = product::madd(weight[r], step[0], sum[r][v]);
+          sum[r][v + 1] = product::madd(weight[r], step[1], sum[r][v + 1]);
+        }
       }
     }
   } else {
     for (index_t t = 0; t < group_tokens; ++t) {
+      fetch_row(rows.at, ahead, t, value_dim);
       const V* const row = rows.at + t * rows.stride + column;
-      packet<A> step[Vectors];
+      packet<A> weight[Rows];
+      GQA_UNROLL
+      for (int r = 0; r < Rows; ++r) weight[r] = broadcast(p[r * tile_tokens + t]);
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v) {
-        fetch_ahead<Rows, width>(row + v * width, column + v * width, ahead);
-        step[v] = load_as<A>(row + v * width);
-        keep_in_register(step[v]);
-      }
-      GQA_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const packet<A> weight = broadcast(p[r * tile_tokens + t]);
+        packet<A> step = load_as<A>(row + v * width);
+        keep_in_register(step);
         GQA_UNROLL
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = madd(weight, step[v], sum[r][v]);
+        for (int r = 0; r < Rows; ++r) sum[r][v] = madd(weight[r], step, sum[r][v]);
       }
     }
   }
@@ -172,24 +172,31 @@ void value_row_columns(const row_group<V>& rows, index_t ahead, const L* p, A* s
   }
 }
 
-/// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those. Few rows leave registers for
-/// twice the columns: whole rows of values at a time.
+/// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those: some of the rows, then the
+/// others, which find the group in L1.
 template <int Rows, class A, class L, class V>
-void value_rows(const row_group<V>& rows, index_t ahead, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
-                index_t value_dim) noexcept {
-  constexpr int wide = Rows <= 2 ? 2 * block_vectors : block_vectors;
+void value_rows(const row_group<V>& rows, const rows_ahead& ahead, const L* p, const weighted_sums<A>& sums,
+                index_t sums_stride, index_t value_dim) noexcept {
+  constexpr int passes = static_cast<int>(ceil_div(Rows, pass_rows)), now = static_cast<int>(ceil_div(Rows, passes));
+  constexpr index_t wide = row_vectors * packet_size<A>, narrow = block_columns<A>;
   index_t column = 0;
-  for (; column + wide * packet_size<A> <= value_dim; column += wide * packet_size<A>)
-    value_row_columns<Rows, wide>(rows, ahead, p, sums.values, sums_stride, column);
-  for (; column < value_dim; column += block_vectors * packet_size<A>)
-    value_row_columns<Rows, block_vectors>(rows, ahead, p, sums.values, sums_stride, column);
+  const auto next_ahead = [&] { return column == 0 ? ahead : rows_ahead{}; };
+  for (; column + wide <= value_dim; column += wide)
+    value_row_columns<now, row_vectors>(rows, next_ahead(), value_dim, p, sums.values, sums_stride, column);
+  for (; column < value_dim; column += narrow)
+    value_row_columns<now, block_vectors>(rows, next_ahead(), value_dim, p, sums.values, sums_stride, column);
   if constexpr (!sums_in_lanes<L>) {
     using product = lane_product<V, L>;
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < now; ++r) {
+      A sum = sums.weights[r];
       for (index_t t = 0; t < group_tokens; t += product::depth)
-        sums.weights[r] = product::add_elements(p + r * tile_tokens + t, sums.weights[r]);
+        sum = product::add_elements(p + r * tile_tokens + t, sum);
+      sums.weights[r] = sum;
     }
   }
+  if constexpr (Rows > now)
+    value_rows<Rows - now, A>(rows, {}, p + now * tile_tokens, {sums.values + now * sums_stride, sums.weights + now},
+                              sums_stride, value_dim);
 }
 
 /// The two products for each number of rows in a block.

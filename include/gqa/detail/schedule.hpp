@@ -316,36 +316,43 @@ class scheduler {
     }
     const std::span<member> members = all.first(count);
     for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
-    for (index_t i = split.begin; i < split.end; ++i) {
+    // Members of a bundle have their sequence's positions in common, and so the tiles that they see whole.
+    const auto reader = std::find_if(members.begin(), members.end(),
+                                     [this](const member& m) { return engine_.reads_in_place(m.rows); });
+    const key_range in_place = reader == members.end() ? key_range{0, 0} : reader->w.whole;
+    for (index_t i = split.begin; i < split.end;) {
       if (count == 1) i = engine_.stream(members[0].rows, {i, split.end}, members[0].w, members[0].states);
       if (i == split.end) break;
-      bool in_place = false;
+      const bool runs = in_place.begin <= i && i < in_place.end;
+      const key_range run{i, runs ? std::min({i + run_tiles, in_place.end, split.end}) : i + 1};
+      if (runs) attend_in_place(members, run);
       for (member& m : members) {
-        engine_.attend(m.rows, i, tile_at, m.w, m.states);
-        in_place = in_place || m.w.in_place;
+        if (runs && engine_.reads_in_place(m.rows)) continue;
+        for (i = run.begin; i < run.end; ++i) engine_.attend(m.rows, i, tile_at, m.w, m.states);
       }
-      if (in_place) attend_in_place(members, i);
+      i = run.end;
     }
     for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
   }
 
-  /// Key tile i for those of a bundle who read it in place: all heads of a group of tokens before the next group, which
-  /// is memory from front to back where a token's heads lie together.
-  void attend_in_place(std::span<member> members, index_t i) const noexcept {
-    constexpr index_t groups = tile_tokens / group_tokens;
-    for (index_t group = 0; group < groups; ++group) {
-      for (member& m : members) {
-        if (m.w.in_place) engine_.score_group(m.rows, i, group, m.w);
+  /// A run of key tiles for those of a bundle who read it in place: all heads of a group of tokens before the next
+  /// group, which is memory from front to back where a token's heads lie together.
+  void attend_in_place(std::span<member> members, key_range run) const noexcept {
+    const auto for_each_group = [&](const auto& f) {
+      typename engine::group_place at{run.begin, 0, 0, static_cast<index_t>(members.size())};
+      for (; at.i < run.end; ++at.i, ++at.slot) {
+        for (at.n = 0; at.n < tile_tokens / group_tokens; ++at.n) {
+          for (member& m : members) {
+            if (engine_.reads_in_place(m.rows)) f(m, at);
+          }
+        }
       }
-    }
+    };
+    for_each_group([this](member& m, const auto& at) { engine_.score_group(m.rows, at, m.w); });
     for (member& m : members) {
-      if (m.w.in_place) engine_.weigh_groups(m.rows, m.w, m.states);
+      if (engine_.reads_in_place(m.rows)) engine_.weigh_run(m.rows, run.size(), m.w, m.states);
     }
-    for (index_t group = 0; group < groups; ++group) {
-      for (member& m : members) {
-        if (m.w.in_place) engine_.apply_group(m.rows, i, group, m.w, m.states);
-      }
-    }
+    for_each_group([this](member& m, const auto& at) { engine_.apply_group(m.rows, at, m.w, m.states); });
   }
 
   const problem<A, L>& problem_;

@@ -123,7 +123,6 @@ struct block_operands {
   A* tile_sums;                    // [Rows, padded E] and
   A* tile_weights;                 // [Rows]: scratch of products in the order of memory
   next_tile<P> next;
-  index_t read_ahead;  // bytes, of products in the order of memory
 };
 
 /// S[:, column : column + Vectors packets] = Q K^T; asks for the next tile, or, in the order of memory, for what
@@ -146,7 +145,7 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     if constexpr (!InOrder) prefetch<2>(op.next.at, next), next += 64;
     GQA_UNROLL
     for (int v = 0; v < Vectors && InOrder; ++v)
-      fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes, op.read_ahead);
+      fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes);
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -319,8 +318,7 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t 
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v)
-      fetch_ahead<Rows, width * lanes>(b[v], t * columns + v * width * lanes, op.read_ahead);
+    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * columns + v * width * lanes);
     multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
     add_weights<P, L, Weights>(weights, op.p + panel * panel_tokens + t);
     GQA_UNROLL

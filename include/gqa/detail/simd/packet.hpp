@@ -255,6 +255,45 @@ inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
   }
 }
 
+#if defined(EIGEN_VECTORIZE_AVX512)
+/// The sums of the lanes of 16 packets, one a lane: 30 shuffles, less than half of a transpose's.
+[[nodiscard]] inline __m512 sum_lanes_16(const float* packets) noexcept {
+  const auto four = [packets](int i) {  // lane l of 128 bits: parts of the sums of packets i .. i + 3
+    const auto at = [packets](int n) { return load(packets + n * 16); };
+    const auto two = [&at](int n) {
+      return _mm512_add_ps(_mm512_unpacklo_ps(at(n), at(n + 1)), _mm512_unpackhi_ps(at(n), at(n + 1)));
+    };
+    const __m512 a = two(i), b = two(i + 2);
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  const auto eight = [&four](int i) {  // the same of packets i .. i + 3 in the first half, i + 4 .. i + 7 in the second
+    const __m512 a = four(i), b = four(i + 4);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const __m512 a = eight(0), b = eight(8);
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+#endif
+
+/// The sums of the lanes of packet_size<A> packets that lie one after the other, one a lane: each a tree.
+template <class A>
+[[nodiscard]] inline packet<A> sum_lanes_each(const A* packets) noexcept {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (packet_size<A> == 16) return sum_lanes_16(packets);
+#endif
+  constexpr int width = packet_size<A>;
+  packet<A> square[width];
+  GQA_UNROLL
+  for (int i = 0; i < width; ++i) square[i] = load(packets + i * width);
+  transpose<A>(square);
+  GQA_UNROLL
+  for (int half = width / 2; half >= 1; half /= 2) {
+    GQA_UNROLL
+    for (int i = 0; i < half; ++i) square[i] = add(square[i], square[i + half]);
+  }
+  return square[0];
+}
+
 /// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane. (Flattened: GCC has its false
 /// warning of above for Eigen's function on its own.)
 template <class A>

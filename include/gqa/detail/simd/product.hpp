@@ -12,7 +12,9 @@
 /// and results, for zero. It exists where has_dot<P> says so.
 #pragma once
 
+#include <array>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -98,12 +100,16 @@ struct lane_product<Eigen::bfloat16, Eigen::bfloat16> {
   }
 };
 
-/// A packet's width of neighbouring columns of two rows, the first row's in the first element of each pair.
-[[nodiscard]] GQA_INLINE __m512bh load_two_rows(const Eigen::bfloat16* first, const Eigen::bfloat16* second) noexcept {
-  const auto words = [](const Eigen::bfloat16* from) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  };
-  return std::bit_cast<__m512bh>(_mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16)));
+/// Two packets' width of neighbouring columns of two rows, the first row's in the first element of each pair.
+GQA_INLINE void load_two_rows(const Eigen::bfloat16* first, const Eigen::bfloat16* second, __m512bh* columns) noexcept {
+  alignas(64) static constexpr auto order = [] {
+    std::array<std::int16_t, 64> words{};  // word i of the first row, word i of the second (from 32 on), word i + 1 ...
+    for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<std::int16_t>(i / 2 + i % 2 * 32);
+    return words;
+  }();
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  for (int half = 0; half < 2; ++half)
+    columns[half] = std::bit_cast<__m512bh>(_mm512_permutex2var_epi16(a, _mm512_load_si512(&order[32 * half]), b));
 }
 
 /// Rounds two packets to bfloat16 and stores them one after the other; returns `sum` plus what was stored, two
