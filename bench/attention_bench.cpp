@@ -163,8 +163,10 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
   const workers w(c.threads);
   tiled<Q, K> call(c);
   std::vector<twin> twins = twins_of<Q, K>(c, *w);
-  // Keys that stay in cache are timed there: by the second of two calls, since the read probe empties the cache.
-  const bool warm = c.kv_elements() * sizeof(K) <= 32 << 20;
+  // Decode of keys that stay in cache is timed there: by the second of two calls, since the read probe empties the
+  // cache.
+  const bool decodes = c.shape.q_len == 1;
+  const bool warm = decodes && c.kv_elements() * sizeof(K) <= 32 << 20;
   const auto time = [&](const auto& f) {
     if (warm) f();
     return seconds_of(f);
@@ -174,21 +176,25 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
 
   const double bytes = c.kv_elements() * sizeof(K);
   samples own, peak, read, of_peak, of_read;
+  double before = 0;  // what memory gave last; 0 if that was some time ago
   for (auto _ : state) {
     const double operations_rate = product_rate<Q, K>(*w);
-    const double before = c.shape.q_len == 1 ? memory().rate(*w) : 0;
+    if (decodes && before == 0) before = memory().rate(*w);
     const double seconds = time(own_call);
     own.add(seconds);
     state.SetIterationTime(seconds);
     peak.add(operations_rate);
     of_peak.add(c.operations() / seconds / operations_rate);
-    if (c.shape.q_len == 1) {
-      const double read_rate = std::max(before, memory().rate(*w));
+    if (decodes) {
+      const double after = memory().rate(*w), read_rate = std::max(before, after);
       read.add(read_rate);
       of_read.add(bytes / seconds / read_rate);
+      before = after;
     }
     for (twin& t : twins) {
-      if (!t.is_timed_enough()) t.times.add(time(t.call));
+      if (t.is_timed_enough()) continue;
+      t.times.add(time(t.call));
+      before = 0;
     }
   }
 
@@ -210,10 +216,10 @@ void run_tiled(benchmark::State& state, const attention_case& c) {
   state.counters["max_abs_err"] = largest_difference(slice(call.in.out.view(), 1, first, rows), exact.view());
 }
 
-// Rounds of a case: enough for a median, and no more than some seconds of them.
+// Rounds of a case: enough for a median, and no more than a second or two of them.
 [[nodiscard]] int rounds_of(const attention_case& c) {
   const double seconds = std::max(c.operations() / 5e10, c.kv_elements() * 4 / 1e10) / c.threads;
-  return static_cast<int>(std::clamp(2 / seconds, 5.0, 31.0));
+  return static_cast<int>(std::clamp(1 / seconds, 5.0, 21.0));
 }
 
 template <class Q, class K>

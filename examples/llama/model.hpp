@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A LLaMA-like transformer in about a hundred lines: RMSNorm, RoPE, grouped-query attention, SwiGLU. Matrix products
-// are Eigen's, attention is gqa's, and the keys and values lie in two plain arrays that gqa reads where they are.
+// are Eigen's, attention is gqa's, and keys and values lie in its caches, one a layer.
 #pragma once
 
 #include <gqa/gqa.hpp>
@@ -25,10 +25,7 @@ class model {
   // Room for `positions` tokens of one sequence. The checkpoint and the context must outlive the model.
   model(const checkpoint& from, int positions, gqa::context& ctx)
       : from_(from), sizes_(from.sizes()), positions_(positions), ctx_(ctx) {
-    const auto kv_size = static_cast<std::size_t>(sizes_.layers) * static_cast<std::size_t>(positions) *
-                         static_cast<std::size_t>(sizes_.kv_dim());
-    keys_.resize(kv_size);
-    values_.resize(kv_size);
+    for (int l = 0; l < sizes_.layers; ++l) caches_.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
     const int pairs = sizes_.head_dim() / 2;
     for (int p = 0; p < positions; ++p) {
       for (int i = 0; i < pairs; ++i) {
@@ -40,7 +37,10 @@ class model {
 
   // Tokens seen so far.
   [[nodiscard]] int length() const { return length_; }
-  void clear() { length_ = 0; }
+  void clear() {
+    length_ = 0;
+    for (auto& cache : caches_) cache.clear();
+  }
   [[nodiscard]] double attention_seconds() const { return attention_seconds_; }
 
   // Runs the next tokens, all at once. Returns the logits [wanted, vocab] of the last `wanted` of them.
@@ -64,26 +64,23 @@ class model {
  private:
   // x += attention(norm(x)) Wo, with the new keys and values stored first.
   void attend(int l, const checkpoint::layer& w) {
-    const Eigen::Index n = x_.rows(), kv_dim = sizes_.kv_dim();
-    const auto layer_start = static_cast<std::ptrdiff_t>(l) * positions_ * kv_dim;
-    float* const keys = keys_.data() + layer_start;  // [positions, kv_heads, head_dim], as are the values
-    float* const values = values_.data() + layer_start;
-    Eigen::Map<matrix> new_keys(keys + length_ * kv_dim, n, kv_dim);
-    Eigen::Map<matrix> new_values(values + length_ * kv_dim, n, kv_dim);
-
+    const Eigen::Index n = x_.rows();
     normalise(x_, w.attention_norm);
     queries_.resize(n, sizes_.dim);
+    keys_.resize(n, sizes_.kv_dim());
+    values_.resize(n, sizes_.kv_dim());
     multiply(normal_, w.q, queries_);
-    multiply(normal_, w.k, new_keys);
-    multiply(normal_, w.v, new_values);
+    multiply(normal_, w.k, keys_);
+    multiply(normal_, w.v, values_);
     rotate(queries_);
-    rotate(new_keys);
+    rotate(keys_);
 
     const auto start = std::chrono::steady_clock::now();
     mixed_.resize(n, sizes_.dim);
-    const gqa::index_t seen = length_ + n, heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
-    gqa::attention(gqa::view(queries_.data(), {1, n, heads, d}), gqa::view(keys, {1, seen, kv_heads, d}),
-                   gqa::view(values, {1, seen, kv_heads, d}), gqa::view(mixed_.data(), {1, n, heads, d}),
+    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
+    gqa::kv_cache<float>& cache = caches_[static_cast<std::size_t>(l)];
+    cache.append(gqa::view(keys_.data(), {1, n, kv_heads, d}), gqa::view(values_.data(), {1, n, kv_heads, d}));
+    gqa::attention(gqa::view(queries_.data(), {1, n, heads, d}), cache, gqa::view(mixed_.data(), {1, n, heads, d}),
                    {.causal = true}, ctx_);
     attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 
@@ -147,9 +144,9 @@ class model {
   const config sizes_;
   const int positions_;
   gqa::context& ctx_;
-  std::vector<float> keys_, values_;                // [layers, positions, kv_heads, head_dim]
+  std::vector<gqa::kv_cache<float>> caches_;        // a layer each
   std::vector<std::pair<float, float>> rotations_;  // [positions, head_dim / 2]: cosine, sine
-  matrix x_, normal_, queries_, mixed_, branch_, gate_, up_, logits_;
+  matrix x_, normal_, queries_, keys_, values_, mixed_, branch_, gate_, up_, logits_;
   int length_ = 0;
   double attention_seconds_ = 0;
 };

@@ -34,6 +34,12 @@ struct query_rows {
             {q.stride(0), q.stride(1), q.stride(2)},
             [](const void* base, index_t offset, index_t dim, double factor, L* to) noexcept {
               const Q* const row = static_cast<const Q*>(base) + offset;
+              if constexpr (std::is_same_v<Q, L>) {
+                if (factor == 1) {
+                  std::copy_n(row, dim, to);
+                  return;
+                }
+              }
               index_t d = 0;
               for (; d + packet_size<A> <= dim; d += packet_size<A>) {
                 const packet<A> x = load_as<A>(row + d);

@@ -74,22 +74,13 @@ GQA_INLINE void multiply_step(packet<accumulator_t<P>> (&sum)[Rows][Vectors], co
   }
 }
 
-/// Rows of a block whose weights are added up beside their products with some value columns.
-enum class weight_rows { none, all, first_half, second_half };
-template <weight_rows Which, int Rows>
-inline constexpr int first_weight = Which == weight_rows::second_half ? Rows / 2 : 0;
-template <weight_rows Which, int Rows>
-inline constexpr int end_weight = Which == weight_rows::none         ? 0
-                                  : Which == weight_rows::first_half ? Rows / 2
-                                                                     : Rows;
-
 /// sums[r] += the p weights of row r, as a column of ones would have them.
-template <class P, class L, weight_rows Which, int Rows>
-GQA_INLINE void add_weights(accumulator_t<P> (&sums)[Rows], const L* weights) noexcept {
-  if constexpr (Which != weight_rows::none) {
+template <class P, class L, std::size_t Rows>
+GQA_INLINE void add_weights(std::array<accumulator_t<P>, Rows>& sums, const L* weights) noexcept {
+  if constexpr (Rows > 0) {
     GQA_UNROLL
-    for (int r = first_weight<Which, Rows>; r < end_weight<Which, Rows>; ++r)
-      sums[r] = lane_product<P, L>::add_elements(weights + r * tile_tokens, sums[r]);
+    for (std::size_t r = 0; r < Rows; ++r)
+      sums[r] = lane_product<P, L>::add_elements(weights + static_cast<index_t>(r) * tile_tokens, sums[r]);
   }
 }
 
@@ -160,30 +151,38 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   }
 }
 
-/// O[:, column : column + Vectors packets] = alpha O + P V, within one block of value columns `columns` wide.
-template <class P, class L, int Rows, int Vectors, weight_rows Weights>
-void value_columns(const block_operands<P, L>& op, index_t block, index_t columns, index_t column) noexcept {
+/// Some packets of value columns: from `column` on in the block of `columns` that begins at `block`. Beside them the
+/// weights of some rows are added up, from `first_row` on.
+struct value_place {
+  index_t block, columns, column;
+  index_t first_row;
+};
+
+/// O[:, Vectors packets of columns] = alpha O + P V, and the same of the weights of `Weights` rows.
+template <class P, class L, int Rows, int Vectors, int Weights>
+void value_columns(const block_operands<P, L>& op, const value_place& at) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
   constexpr index_t lanes = lane_elements<P>;
   packet<A> sum[Rows][Vectors];
   clear<A>(sum);
-  A weights[Rows] = {};
+  std::array<A, Weights> weights{};
+  const L* const weights_at = op.p + at.first_row * tile_tokens;
   // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
-  const index_t first = block * panel_tokens + column * lanes, end = op.panel_end * panel_tokens;
-  index_t next = op.next.values + (block + column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
+  const index_t first = at.block * panel_tokens + at.column * lanes, end = op.panel_end * panel_tokens;
+  index_t next = op.next.values + (at.block + at.column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
     prefetch<2>(op.next.at, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
-        op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * columns;
+        op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * at.columns;
     const P* b[Vectors];
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
     multiply_step<P, L>(sum, op.p + t, tile_tokens, b);
-    add_weights<P, L, Weights>(weights, op.p + t);
+    add_weights<P, L>(weights, weights_at + t);
   }
-  A* const out = op.out + block + column;
+  A* const out = op.out + at.block + at.column;
   // Once maxima have settled alpha is 1, and O + sum the same bits for an addition, which some cores do beside their
   // multiply-adds.
   bool settled = true;
@@ -196,9 +195,11 @@ void value_columns(const block_operands<P, L>& op, index_t block, index_t column
       store(to, settled ? add(load(to), sum[r][v]) : madd(load(to), broadcast(op.alpha[r]), sum[r][v]));
     }
   }
-  GQA_UNROLL
-  for (int r = first_weight<Weights, Rows>; r < end_weight<Weights, Rows>; ++r)
-    op.weight_sums[r] = scalar_madd(op.weight_sums[r], op.alpha[r], weights[r]);
+  index_t row = at.first_row;
+  for (const A sum_of_row : weights) {
+    op.weight_sums[row] = scalar_madd(op.weight_sums[row], op.alpha[row], sum_of_row);
+    ++row;
+  }
 }
 
 /// Calls f.template operator()<Vectors>(column) so that blocks of packets cover [begin, end), multiples of 16 columns.
@@ -227,29 +228,39 @@ void score_block(const block_operands<P, L>& op) noexcept {
       [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, false>(op, column); });
 }
 
-/// Calls f.template operator()<Vectors, Weights>(block, columns, column) for the value columns, block by block of 64,
-/// at most `Most` packets at a time. Unless the softmax sums weights, some columns do: beside 6 x 4 sums of packets
-/// there are registers for 3 more, not for 6, so the first two of full width add up those of half of the rows each;
-/// narrower ones, or the only ones, all.
-template <class P, class L, int Most, class F>
+/// Rows whose weights are added up beside one register block of value columns: beside 6 x 4 packets there are registers
+/// for 3 more sums, beside 6 x 2 of 16 for one.
+template <int Rows>
+inline constexpr int weights_at_once = packet_registers == 32 ? (Rows + 1) / 2 : 1;
+
+/// Calls f.template operator()<Vectors, Weights>(place) for the value columns, block by block of 64, at most `Most`
+/// packets at a time. Unless the softmax sums weights, some columns do: those of full width those of a few rows each,
+/// until all rows had their turn; where there are too few of full width, a narrower one, or the only one, those of all.
+template <class P, class L, int Rows, int Most, class F>
 GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
   using A = accumulator_t<P>;
-  constexpr bool adds = !sums_in_lanes<L>;
+  constexpr int few = weights_at_once<Rows>;
   constexpr index_t width = Most * packet_size<A>;
-  const bool in_halves = value_dim >= 2 * width;
-  const index_t adds_all = value_dim <= width ? 0 : width;
+  const index_t full = value_dim / width;
+  const bool by_few = full * few >= Rows, by_narrow = full * width < value_dim;
+  index_t done = sums_in_lanes<L> ? Rows : 0;
   for (index_t block = 0; block < value_dim; block += value_block) {
     const index_t columns = std::min(value_block, value_dim - block);
     for_each_column_block<A, Most>(0, columns, [&]<int Vectors>(index_t column) {
-      const auto call = [&]<weight_rows Weights>() { f.template operator()<Vectors, Weights>(block, columns, column); };
-      if constexpr (adds && Vectors == Most) {
-        if (in_halves && block + column == 0) return call.template operator()<weight_rows::first_half>();
-        if (in_halves && block + column == width) return call.template operator()<weight_rows::second_half>();
+      const auto call = [&]<int Weights>() {
+        f.template operator()<Vectors, Weights>(value_place{block, columns, column, done});
+        done += Weights;
+      };
+      if constexpr (!sums_in_lanes<L>) {
+        if constexpr (Vectors == Most) {
+          if (by_few && done + few <= Rows) return call.template operator()<few>();
+          if constexpr (Rows % few != 0) {
+            if (by_few && done < Rows) return call.template operator()<Rows % few>();
+          }
+        }
+        if (!by_few && done < Rows && (Vectors < Most || !by_narrow)) return call.template operator()<Rows>();
       }
-      if constexpr (adds) {
-        if (!in_halves && block + column == adds_all) return call.template operator()<weight_rows::all>();
-      }
-      call.template operator()<weight_rows::none>();
+      call.template operator()<0>();
     });
   }
 }
@@ -257,10 +268,9 @@ GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
 /// Output of a row block after the tile.
 template <class P, class L, int Rows>
 void value_block_rows(const block_operands<P, L>& op) noexcept {
-  for_each_value_column<P, L, block_vectors>(
-      op.value_dim, [&op]<int Vectors, weight_rows Weights>(index_t block, index_t columns, index_t column) {
-        value_columns<P, L, Rows, Vectors, Weights>(op, block, columns, column);
-      });
+  for_each_value_column<P, L, Rows, block_vectors>(
+      op.value_dim,
+      [&op]<int Vectors, int Weights>(const value_place& at) { value_columns<P, L, Rows, Vectors, Weights>(op, at); });
 }
 
 /// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows], null where the softmax
@@ -291,45 +301,42 @@ void score_block_in_order(const block_operands<P, L>& op) noexcept {
     score_columns<P, L, Rows, panel_vectors, true>(op, panel * panel_tokens);
 }
 
-/// sums[:, block + column : ... + Vectors packets] += P V of one panel, from 0 if it is the first. (Its loop steps
-/// pointers: finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its
-/// speed.)
-template <class P, class L, int Rows, int Vectors, weight_rows Weights>
-void value_panel_columns(const block_operands<P, L>& op, index_t panel, index_t block, index_t columns,
-                         index_t column) noexcept {
+/// sums[:, Vectors packets of columns] += P V of one panel, from 0 if it is the first. (Its loop steps pointers:
+/// finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its speed.)
+template <class P, class L, int Rows, int Vectors, int Weights>
+void value_panel_columns(const block_operands<P, L>& op, index_t panel, const value_place& at) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
   constexpr index_t lanes = lane_elements<P>;
-  A* const sums = op.tile_sums + block + column;
+  const bool starts = panel == op.panel_begin;
+  A* const sums = op.tile_sums + at.block + at.column;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v)
-      sum[r][v] = panel == op.panel_begin ? zeros<A>() : load(sums + r * op.out_stride + v * width);
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = starts ? zeros<A>() : load(sums + r * op.out_stride + v * width);
   }
-  A weights[Rows] = {};
-  GQA_UNROLL
-  for (int r = first_weight<Weights, Rows>; r < end_weight<Weights, Rows>; ++r)
-    weights[r] = panel == op.panel_begin ? A{0} : op.tile_weights[r];
-  const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + block * panel_tokens + column * lanes;
+  std::array<A, Weights> weights{};
+  if (!starts) std::copy_n(op.tile_weights + at.first_row, Weights, weights.begin());
+  const L* const p = op.p + panel * panel_tokens;
+  const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + at.block * panel_tokens + at.column * lanes;
   const P* b[Vectors];
   GQA_UNROLL
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * columns + v * width * lanes);
-    multiply_step<P, L>(sum, op.p + panel * panel_tokens + t, tile_tokens, b);
-    add_weights<P, L, Weights>(weights, op.p + panel * panel_tokens + t);
+    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * at.columns + v * width * lanes);
+    multiply_step<P, L>(sum, p + t, tile_tokens, b);
+    add_weights<P, L>(weights, p + at.first_row * tile_tokens + t);
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) b[v] += columns * lanes;
+    for (int v = 0; v < Vectors; ++v) b[v] += at.columns * lanes;
   }
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) store(sums + r * op.out_stride + v * width, sum[r][v]);
-    if (first_weight<Weights, Rows> <= r && r < end_weight<Weights, Rows>) op.tile_weights[r] = weights[r];
   }
+  std::copy_n(weights.begin(), Weights, op.tile_weights + at.first_row);
 }
 
 /// Output of a row block, panel by panel: each panel's columns have their sums in L1 while the others' turn is.
@@ -338,10 +345,10 @@ void value_block_in_order(const block_operands<P, L>& op) noexcept {
   using A = accumulator_t<P>;
   constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
-    for_each_value_column<P, L, vectors>(
-        op.value_dim, [&op, panel]<int Vectors, weight_rows Weights>(index_t block, index_t columns, index_t column) {
-          value_panel_columns<P, L, Rows, Vectors, Weights>(op, panel, block, columns, column);
-        });
+    for_each_value_column<P, L, Rows, vectors>(op.value_dim,
+                                               [&op, panel]<int Vectors, int Weights>(const value_place& at) {
+                                                 value_panel_columns<P, L, Rows, Vectors, Weights>(op, panel, at);
+                                               });
   }
   add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
 }
