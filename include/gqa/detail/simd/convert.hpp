@@ -140,6 +140,16 @@ template <class A>
 /// A packet as results are stored: see stored() in packet.hpp.
 template <class Out, class A>
 inline void store_result(Out* to, const packet<A>& x) noexcept {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (std::is_same_v<Out, Eigen::bfloat16> && packet_size<A> == 16) {  // one rounding instead of two
+    const packet_words words = words_of(with_one_nan<A>(x));
+    const packet_words rounded = words + 0x7fffu + (words >> 16 & 1u);  // nearest even; the one NaN has room for it
+    const auto of_zero = std::bit_cast<packet_words>((rounded & 0x7fff0000u) == 0u);
+    const auto narrow = std::bit_cast<__m512i>((rounded & ~of_zero) >> 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(narrow));
+    return;
+  }
+#endif
   // Rounding may make a zero; the sum of zeros of either sign is +0.
   store_as<A>(to, add(rounded_to<Out, A>(with_one_nan<A>(x)), zeros<A>()));
 }
