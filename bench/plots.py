@@ -71,13 +71,14 @@ def label(row):
     heads = f"{row['h']} heads on {row['g']}"
     window = f", window {row['window']}" if row["window"] else ""
     batch = f"{row['b']} x " if row["b"] > 1 else ""
-    return f"{row['dtype']}, {batch}{row['q']} over {row['t']}, {heads}, dim {dims}{window}, {row['where']}"
+    where = row["where"].replace("cache_in_", "cache, ").replace("_", " ")
+    return f"{row['dtype']}, {batch}{row['q']} over {row['t']}, {heads}, dim {dims}{window}, {where}"
 
 
 def horizontal_bars(path, title, subtitle, rows, share, threads):
     """Bars of a share of a limit, one a shape, a colour a number of threads."""
     shapes = list(dict.fromkeys(label(r) for r in rows))
-    left, top, step, span = 380, 70, 15 * len(threads) + 9, 420
+    left, top, step, span = 400, 70, 15 * len(threads) + 9, 420
     figure = Figure(left + span + 60, top + step * len(shapes) + 40, title, subtitle)
     bottom = top + step * len(shapes)
     for percent in range(0, 101, 20):
@@ -157,9 +158,9 @@ def speedups(path, rows, threads):
     one = {label(r): r for r in rows if r["threads"] == 1}
     pairs = [(one[label(r)], r) for r in rows if r["threads"] == most and label(r) in one]
     chosen = [(a, b) for a, b in pairs if a["seconds"] > 1e-3 and a["family"] in ("prefill", "append", "decode")]
-    left, top, step, span = 380, 70, 18, 420
+    left, top, step, span = 400, 70, 18, 420
     bottom = top + step * len(chosen)
-    figure = Figure(left + span + 60, bottom + 50, f"{most} threads against 1",
+    figure = Figure(left + span + 90, bottom + 50, f"{most} threads against 1",
                     "time of 1 thread over time of all; the tick: what multiply-adds (decode: reads) gain")
     for i in range(most + 1):
         x = left + span * i / most

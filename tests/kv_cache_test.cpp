@@ -421,6 +421,24 @@ TEST(KvCache, OfValuesOfOneGivesExactlyOne) {
   }
 }
 
+// Where products are of pairs, float queries are rounded first: as queries that were rounded before. (Queries of the
+// cache's own type are what they are.)
+TEST(KvCache, RoundsFloatQueriesOfPairs) {
+  if (!std::is_same_v<Q, float> || !detail::has_dot<T>) return;
+  context ctx;
+  for (unsigned seed = 1; seed <= 50; ++seed) {
+    operands<Q, T> in(random_case(seed + 4000000)), rounded(in.of);
+    in.options.float_products = rounded.options.float_products = false;
+    rng random(seed);
+    for (std::size_t i = 0; i < in.q.data().size(); ++i) {
+      in.q.data()[i] = static_cast<Q>(random.normal());
+      rounded.q.data()[i] = static_cast<Q>(static_cast<T>(in.q.data()[i]));
+    }
+    const cache kv = filled(in);
+    ASSERT_TRUE(run_over(in, kv, ctx).same_bits(run_over(rounded, kv, ctx))) << "seed " << seed;
+  }
+}
+
 TEST(KvCache, MayBeEmpty) {
   cache kv(2, 2, 10, 32);
   std::vector<Q> q(2 * 3 * 4 * 32, Q(1)), out(q.size(), not_a_number);

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Results as they are stored: packets by the rule of scalars.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include <gqa/detail/simd/convert.hpp>
+#include <gqa/detail/simd/packet.hpp>
+
+namespace gqa::detail {
+namespace {
+
+// Floats whose packets are not stored as stored() has them, of every 509th there is: all exponents, both signs,
+// denormal numbers, infinities and NaN among them.
+template <class Out>
+int wrong_results() {
+  constexpr int width = packet_size<float>;
+  int wrong = 0;
+  float x[width];
+  Out actual[width];
+  int filled = 0;
+  for (std::uint64_t word = 0; word < std::uint64_t{1} << 32; word += 509) {
+    x[filled++] = std::bit_cast<float>(static_cast<std::uint32_t>(word));
+    if (filled < width) continue;
+    filled = 0;
+    store_result<Out, float>(actual, load(x));
+    for (int i = 0; i < width; ++i) {
+      const Out expected = stored<Out>(x[i]);
+      wrong += std::memcmp(&actual[i], &expected, sizeof(Out)) != 0;
+    }
+  }
+  return wrong;
+}
+
+TEST(StoreResult, IsStoredOfEveryLane) {
+  EXPECT_EQ(wrong_results<float>(), 0);
+  EXPECT_EQ(wrong_results<Eigen::half>(), 0);
+  EXPECT_EQ(wrong_results<Eigen::bfloat16>(), 0);
+}
+
+template <class A>
+void expect_sums_of_lanes() {
+  constexpr int width = packet_size<A>;
+  A packets[width * width], sums[width];
+  for (int i = 0; i < width * width; ++i) packets[i] = static_cast<A>(i % 37 - i / 29);  // sums are exact
+  store(sums, sum_lanes_each(packets));
+  for (int i = 0; i < width; ++i) {
+    A expected{0};
+    for (int lane = 0; lane < width; ++lane) expected += packets[i * width + lane];
+    EXPECT_EQ(sums[i], expected) << "packet " << i;
+  }
+}
+
+TEST(SumLanesEach, IsTheSumOfEachPacket) {
+  expect_sums_of_lanes<float>();
+  expect_sums_of_lanes<double>();
+}
+
+}  // namespace
+}  // namespace gqa::detail
