@@ -11,15 +11,14 @@
 
 // NOLINTBEGIN(bugprone-macro-parentheses): types in template arguments and declarations take none
 // Panels of P, queries and weights in L, accumulators in A.
-#define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                      \
-  GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                                \
-  GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                           \
-  GQA_TEST_KERNEL void score_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                       \
-  GQA_TEST_KERNEL void value_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                       \
-  GQA_TEST_KERNEL void score_rows<rows, A, L, P>(const row_group<P>&, const rows_ahead&, const L*, index_t, index_t, \
-                                                 A*) noexcept;                                                       \
-  GQA_TEST_KERNEL void value_rows<rows, A, L, P>(const row_group<P>&, const rows_ahead&, const L*,                   \
-                                                 const weighted_sums<A>&, index_t, index_t) noexcept;
+#define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                        \
+  GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                                  \
+  GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                         \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                         \
+  GQA_TEST_KERNEL void score_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, index_t, index_t, A*) noexcept;   \
+  GQA_TEST_KERNEL void value_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, const weighted_sums<A>&, index_t, \
+                                                 index_t) noexcept;
 #define GQA_TEST_KERNELS(P, L, A)      \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 1) \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 2) \

@@ -32,7 +32,9 @@ inline namespace GQA_ISA {
 /// Tokens of a group: whole packets of any ISA.
 inline constexpr index_t group_tokens = panel_tokens;
 
-/// 16 rows of keys [16, D] or values [16, E] in memory.
+/// 16 rows of keys [16, D] or values [16, E] in memory. (Kernels take it by value: by reference its members would be
+/// loaded again after each store of a packet, which may alias anything, and addresses would wait for stores. It cost a
+/// single row a third of its speed.)
 template <class T>
 struct row_group {
   const T* at;
@@ -54,59 +56,74 @@ struct rows_ahead {
   index_t bytes = 0, stride = 0;
 };
 
-/// Asks for the i-th of them, `elements` long.
+/// Asks for the i-th of them, `elements` long, in pieces of four cache lines.
 template <class T>
-GQA_INLINE void fetch_row(const T* group, const rows_ahead& ahead, index_t i, index_t elements) noexcept {
+GQA_INLINE void fetch_row(const T* group, rows_ahead ahead, index_t i, index_t elements) noexcept {
   if (ahead.bytes == 0) return;
   const index_t at = ahead.bytes + i * ahead.stride;
-  for (index_t byte = 0; byte < elements * index_t{sizeof(T)}; byte += 64) prefetch<2>(group, at + byte);
+  for (index_t piece = 0; piece < elements * index_t{sizeof(T)}; piece += 256) {
+    GQA_UNROLL
+    for (index_t line = 0; line < 256; line += 64) prefetch<2>(group, at + piece + line);
+  }
 }
 
 /// How rows of T meet a left operand of L: one by one in accumulators, or as pairs of 16-bit neighbours.
 template <class T, class L>
 inline constexpr bool multiplies_pairs = std::is_same_v<T, L>&& has_dot<T>;
 
+/// Elements of a key that one packet of products takes.
+template <class A, class K, class L>
+inline constexpr index_t dot_elements = (multiplies_pairs<K, L> ? 2 : 1) * packet_size<A>;
+
 /// True for dims that the row kernels take: whole packets only.
 template <class A, class K, class L>
 [[nodiscard]] constexpr bool row_kernel_takes(index_t head_dim, index_t value_dim) noexcept {
-  return head_dim % (packet_size<A> * (multiplies_pairs<K, L> ? 2 : 1)) == 0 &&
-         value_dim % (block_vectors * packet_size<A>) == 0;
+  return head_dim % dot_elements<A, K, L> == 0 && value_dim % (block_vectors * packet_size<A>) == 0;
 }
 
-/// lanes[r] = the products of q's row r and one key, summed over the packets of the key.
-template <int Rows, class A, class L, class K>
-GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t head_dim, A* lanes,
-                          index_t lanes_stride) noexcept {
-  packet<A> sum[Rows][1];
-  clear<A>(sum);
-  if constexpr (multiplies_pairs<K, L>) {
-    using product = lane_product<K, L>;
-    for (index_t d = 0; d < head_dim; d += 2 * packet_size<A>) {
+/// sum[r] += the products of q's row r and `Steps` steps of a key.
+template <int Rows, int Steps, class A, class L, class K>
+GQA_INLINE void dot_steps(packet<A> (&sum)[Rows][1], const K* key, const L* q, index_t q_stride) noexcept {
+  using product = lane_product<K, L>;
+  GQA_UNROLL
+  for (index_t d = 0; d < Steps * dot_elements<A, K, L>; d += dot_elements<A, K, L>) {
+    if constexpr (multiplies_pairs<K, L>) {
       const typename product::right step = product::load(key + d, 0);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r][0] = product::madd(product::load(q + r * q_stride + d, 0), step, sum[r][0]);
-    }
-  } else {
-    for (index_t d = 0; d < head_dim; d += packet_size<A>) {
+    } else {
       packet<A> step = load_as<A>(key + d);
       keep_in_register(step);
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r][0] = madd(load(q + r * q_stride + d), step, sum[r][0]);
     }
   }
+}
+
+/// lanes[r] = the products of q's row r and one key, summed over the packets of the key. (Four steps at a time: with a
+/// branch a step, memory comes to a single row of floats up to a quarter slower.)
+template <int Rows, class A, class L, class K>
+GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t head_dim, A* lanes,
+                          index_t lanes_stride) noexcept {
+  constexpr index_t one = dot_elements<A, K, L>, four = 4 * one;
+  packet<A> sum[Rows][1];
+  clear<A>(sum);
+  index_t d = 0;
+  for (; d + four <= head_dim; d += four) dot_steps<Rows, 4, A>(sum, key + d, q + d, q_stride);
+  for (; d < head_dim; d += one) dot_steps<Rows, 1, A>(sum, key + d, q + d, q_stride);
   GQA_UNROLL
   for (int r = 0; r < Rows; ++r) store(lanes + r * lanes_stride, sum[r][0]);
 }
 
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
 template <int Rows, class A, class L, class K>
-void score_rows(const row_group<K>& keys, const rows_ahead& ahead, const L* q, index_t q_stride, index_t head_dim,
-                A* s) noexcept {
+void score_rows(row_group<K> keys, rows_ahead ahead, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][group_tokens * width];
-  for (index_t t = 0; t < group_tokens; ++t) {
+  const K* key = keys.at;
+  for (index_t t = 0; t < group_tokens; ++t, key += keys.stride) {
     fetch_row(keys.at, ahead, t, head_dim);
-    dot_lanes<Rows>(keys.at + t * keys.stride, q, q_stride, head_dim, lanes[0] + t * width, group_tokens * width);
+    dot_lanes<Rows>(key, q, q_stride, head_dim, lanes[0] + t * width, group_tokens * width);
   }
   for (int r = 0; r < Rows; ++r) {
     for (index_t t = 0; t < group_tokens; t += width)
@@ -121,8 +138,8 @@ inline constexpr int row_vectors = 2 * block_vectors;
 
 /// sums[:, column : column + Vectors packets] += P [Rows, 16] V, with P in rows of 64; asks for rows ahead.
 template <int Rows, int Vectors, class A, class L, class V>
-void value_row_columns(const row_group<V>& rows, const rows_ahead& ahead, index_t value_dim, const L* p, A* sums,
-                       index_t sums_stride, index_t column) noexcept {
+void value_row_columns(row_group<V> rows, rows_ahead ahead, index_t value_dim, const L* p, A* sums, index_t sums_stride,
+                       index_t column) noexcept {
   constexpr index_t width = packet_size<A>;
   packet<A> sum[Rows][Vectors];
   GQA_UNROLL
@@ -130,11 +147,11 @@ void value_row_columns(const row_group<V>& rows, const rows_ahead& ahead, index_
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums + r * sums_stride + column + v * width);
   }
+  const V* row = rows.at + column;
   if constexpr (multiplies_pairs<V, L>) {
     using product = lane_product<V, L>;
-    for (index_t t = 0; t < group_tokens; t += 2) {
+    for (index_t t = 0; t < group_tokens; t += 2, row += 2 * rows.stride) {
       fetch_row(rows.at, ahead, t, value_dim), fetch_row(rows.at, ahead, t + 1, value_dim);
-      const V* const row = rows.at + t * rows.stride + column;
       typename product::left weight[Rows];
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) weight[r] = product::broadcast(p + r * tile_tokens + t, 0);
@@ -150,9 +167,8 @@ void value_row_columns(const row_group<V>& rows, const rows_ahead& ahead, index_
       }
     }
   } else {
-    for (index_t t = 0; t < group_tokens; ++t) {
+    for (index_t t = 0; t < group_tokens; ++t, row += rows.stride) {
       fetch_row(rows.at, ahead, t, value_dim);
-      const V* const row = rows.at + t * rows.stride + column;
       packet<A> weight[Rows];
       GQA_UNROLL
       for (int r = 0; r < Rows; ++r) weight[r] = broadcast(p[r * tile_tokens + t]);
@@ -175,8 +191,8 @@ void value_row_columns(const row_group<V>& rows, const rows_ahead& ahead, index_
 /// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those: some of the rows, then the
 /// others, which find the group in L1.
 template <int Rows, class A, class L, class V>
-void value_rows(const row_group<V>& rows, const rows_ahead& ahead, const L* p, const weighted_sums<A>& sums,
-                index_t sums_stride, index_t value_dim) noexcept {
+void value_rows(row_group<V> rows, rows_ahead ahead, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
+                index_t value_dim) noexcept {
   constexpr int passes = static_cast<int>(ceil_div(Rows, pass_rows)), now = static_cast<int>(ceil_div(Rows, passes));
   constexpr index_t wide = row_vectors * packet_size<A>, narrow = block_columns<A>;
   index_t column = 0;
