@@ -70,8 +70,9 @@ inline void store(A* to, const packet<A>& x) noexcept {
 
 /// Asks for the cache line `bytes` after `base`, which need not lie in the same object, or anywhere: into L1, or no
 /// nearer than cache level `Level` for what is not read at once.
+/// (Always inlined: GCC takes a function that does nothing else for one without effects, and may drop its calls.)
 template <int Level = 1>
-inline void prefetch(const void* base, index_t bytes) noexcept {
+GQA_INLINE void prefetch(const void* base, index_t bytes) noexcept {
 #if defined(__GNUC__)
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes), 0, 4 - Level);
 #else
