@@ -12,25 +12,29 @@
 namespace gqa::detail {
 namespace {
 
-// Floats whose packets are not stored as stored() has them, of every 509th there is: all exponents, both signs,
-// denormal numbers, infinities and NaN among them.
+// Floats whose packets are not stored as stored() has them: of the special ones, of all that bfloat16 holds with their
+// ties and the neighbours of those, and of every 509th there is.
 template <class Out>
 int wrong_results() {
   constexpr int width = packet_size<float>;
-  int wrong = 0;
+  int wrong = 0, filled = 0;
   float x[width];
   Out actual[width];
-  int filled = 0;
-  for (std::uint64_t word = 0; word < std::uint64_t{1} << 32; word += 509) {
-    x[filled++] = std::bit_cast<float>(static_cast<std::uint32_t>(word));
-    if (filled < width) continue;
+  const auto check = [&](std::uint32_t word) {
+    x[filled++] = std::bit_cast<float>(word);
+    if (filled < width) return;
     filled = 0;
     store_result<Out, float>(actual, load(x));
     for (int i = 0; i < width; ++i) {
       const Out expected = stored<Out>(x[i]);
       wrong += std::memcmp(&actual[i], &expected, sizeof(Out)) != 0;
     }
+  };
+  for (std::uint32_t high = 0; high < 0x10000; ++high) {  // zeros, infinities and NaN of either sign among them
+    for (const std::uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) check(high << 16 | low);
   }
+  for (std::uint64_t word = 0; word < std::uint64_t{1} << 32; word += 509) check(static_cast<std::uint32_t>(word));
+  while (filled != 0) check(0);
   return wrong;
 }
 

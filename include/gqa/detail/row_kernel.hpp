@@ -56,14 +56,14 @@ struct rows_ahead {
   index_t bytes = 0, stride = 0;
 };
 
-/// Asks for the i-th of them, `elements` long, in pieces of four cache lines.
+/// Asks for the i-th of them, `elements` long, in pieces of two cache lines.
 template <class T>
 GQA_INLINE void fetch_row(const T* group, rows_ahead ahead, index_t i, index_t elements) noexcept {
   if (ahead.bytes == 0) return;
   const index_t at = ahead.bytes + i * ahead.stride;
-  for (index_t piece = 0; piece < elements * index_t{sizeof(T)}; piece += 256) {
+  for (index_t piece = 0; piece < elements * index_t{sizeof(T)}; piece += 128) {
     GQA_UNROLL
-    for (index_t line = 0; line < 256; line += 64) prefetch<2>(group, at + piece + line);
+    for (index_t line = 0; line < 128; line += 64) prefetch<2>(group, at + piece + line);
   }
 }
 

@@ -8,9 +8,9 @@
 ///   * a task is a row tile, its splits one after the other;
 ///   * or (decode, long sequences among short ones) one split of a row tile: its raw state goes to memory, and a second
 ///     round merges.
-/// Where a token's heads lie together in memory, row tiles of few rows are bundled: a task visits a key tile of all its
-/// KV heads before the next tile, and so reads memory from front to back.
-/// A pair of several row tiles reads its keys several times; they are packed once beforehand, for a wave of pairs at a
+/// Where a token's heads lie together in memory, row tiles of few rows are bundled: a task visits a key tile, or what
+/// is read in place of it, 16 tokens, of all its KV heads before the next, and so reads memory from front to back. A
+/// pair of several row tiles reads its keys several times; they are packed once beforehand, for a wave of pairs at a
 /// time. The rows of a single row tile pack each key tile when they come to it.
 #pragma once
 
@@ -134,7 +134,8 @@ class scheduler {
   }
 
   std::size_t carve_workspace(std::byte* memory, workspace& w) const noexcept {
-    return workspace::carve(memory, tile_rows_, engine_.q_stride(), engine_.out_stride(), w);
+    return workspace::carve(memory, tile_rows_, engine::score_rows(tile_rows_), engine_.q_stride(),
+                            engine_.out_stride(), w);
   }
   [[nodiscard]] std::size_t worker_bytes() const noexcept {
     return workspace_bytes_ * static_cast<std::size_t>(plan_->bundle) + source_tile_bytes_;
@@ -315,22 +316,27 @@ class scheduler {
       if (t.rows > 0) all[count++] = {t, w, states_of(n, w)};
     }
     const std::span<member> members = all.first(count);
-    for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
     // Members of a bundle have their sequence's positions in common, and so the tiles that they see whole.
-    const auto reader = std::find_if(members.begin(), members.end(),
-                                     [this](const member& m) { return engine_.reads_in_place(m.rows); });
-    const key_range in_place = reader == members.end() ? key_range{0, 0} : reader->w.whole;
+    key_range in_place{0, 0};
+    index_t readers = 0;
+    for (member& m : members) {
+      engine_.begin_split(m.rows, m.w, m.states);
+      if (m.w.in_place) in_place = m.w.whole, ++readers;
+    }
+    for (member& m : members) {
+      if (m.w.in_place) engine_.look_ahead(m.rows, readers, m.w);
+    }
     for (index_t i = split.begin; i < split.end;) {
       if (count == 1) i = engine_.stream(members[0].rows, {i, split.end}, members[0].w, members[0].states);
       if (i == split.end) break;
       const bool runs = in_place.begin <= i && i < in_place.end;
       const key_range run{i, runs ? std::min({i + run_tiles, in_place.end, split.end}) : i + 1};
       if (runs) attend_in_place(members, run);
-      for (member& m : members) {
-        if (runs && engine_.reads_in_place(m.rows)) continue;
-        for (i = run.begin; i < run.end; ++i) engine_.attend(m.rows, i, tile_at, m.w, m.states);
+      for (; i < run.end; ++i) {
+        for (member& m : members) {
+          if (!(runs && m.w.in_place)) engine_.attend(m.rows, i, tile_at, m.w, m.states);
+        }
       }
-      i = run.end;
     }
     for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
   }
@@ -339,18 +345,18 @@ class scheduler {
   /// group, which is memory from front to back where a token's heads lie together.
   void attend_in_place(std::span<member> members, key_range run) const noexcept {
     const auto for_each_group = [&](const auto& f) {
-      typename engine::group_place at{run.begin, 0, 0, static_cast<index_t>(members.size())};
+      typename engine::group_place at{run.begin, 0, 0};
       for (; at.i < run.end; ++at.i, ++at.slot) {
         for (at.n = 0; at.n < tile_tokens / group_tokens; ++at.n) {
           for (member& m : members) {
-            if (engine_.reads_in_place(m.rows)) f(m, at);
+            if (m.w.in_place) f(m, at);
           }
         }
       }
     };
     for_each_group([this](member& m, const auto& at) { engine_.score_group(m.rows, at, m.w); });
     for (member& m : members) {
-      if (engine_.reads_in_place(m.rows)) engine_.weigh_run(m.rows, run.size(), m.w, m.states);
+      if (m.w.in_place) engine_.weigh_run(m.rows, run.size(), m.w, m.states);
     }
     for_each_group([this](member& m, const auto& at) { engine_.apply_group(m.rows, at, m.w, m.states); });
   }

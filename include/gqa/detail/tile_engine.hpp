@@ -22,7 +22,6 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
-#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/tile.hpp>
@@ -63,11 +62,14 @@ struct workspace {
   A* tile_weights;         // [rows <= 8]
   P* seen_values;          // values of one tile without those that a row may not see
   bool all_seen = false;   // whether every row sees all of it
-  key_range whole;         // tiles that every row sees all of, as far as the interval rules go
-  P* tile = nullptr;       // of the source
+  bool in_place = false;   // whether rows read whole tiles in place, and
+  rows_ahead keys_ahead;   // what they ask for meanwhile
+  rows_ahead values_ahead;
+  key_range whole;    // tiles that every row sees all of, as far as the interval rules go
+  P* tile = nullptr;  // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
-  static std::size_t carve(std::byte* memory, index_t rows, index_t q_stride, index_t out_stride,
+  static std::size_t carve(std::byte* memory, index_t rows, index_t score_rows, index_t q_stride, index_t out_stride,
                            workspace& w) noexcept {
     std::size_t used = 0;
     const auto take = [&]<class T>(T*& piece, index_t count) {
@@ -79,7 +81,6 @@ struct workspace {
       take(states.sum, rows);
       take(states.out, rows * out_stride);
     };
-    const index_t score_rows = std::max(rows, run_tiles * std::min<index_t>(rows, block_rows));
     take(w.q, rows * q_stride);
     take(w.s, score_rows * tile_tokens);
     if constexpr (std::is_same_v<A, L>) {
@@ -121,6 +122,10 @@ class tile_engine {
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
   [[nodiscard]] index_t out_stride() const noexcept { return padded_value_dim(problem_.shape.value_dim); }
+  /// Rows of scores in a workspace for row tiles of up to `rows` rows.
+  [[nodiscard]] static constexpr index_t score_rows(index_t rows) noexcept {
+    return has_rows ? std::max(rows, run_tiles * std::min<index_t>(rows, block_rows)) : rows;
+  }
 
   [[nodiscard]] index_t length(index_t b) const noexcept {
     const auto& lengths = problem_.options.kv_lengths;
@@ -160,6 +165,17 @@ class tile_engine {
     clear(t, states);
     if constexpr (sums_in_lanes<L>) std::fill_n(w.lanes, t.rows * packet_size<A>, A{0});
     w.whole = whole_tiles(t);
+    // Nothing may be hidden from rows that read in place: values there cannot be kept out of a sum, were they NaN. What
+    // decides is the call's shape and options; the contents of a mask would let one head's mask choose another's
+    // kernel, and so its bits.
+    w.in_place = reads_rows_ && rows_of(t.g) <= block_rows;
+  }
+  /// What to ask for while rows are read in place by `heads` KV heads, one after the other.
+  void look_ahead(const row_tile& t, index_t heads, workspace& w) const noexcept {
+    if constexpr (has_rows) {
+      w.keys_ahead = kv_.keys_ahead(t.g, {t.rows, heads});
+      w.values_ahead = kv_.values_ahead(t.g, {t.rows, heads});
+    }
   }
 
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed.
@@ -184,17 +200,9 @@ class tile_engine {
     return i;
   }
 
-  /// Whether rows read the tiles that all of them see whole in place, in the three steps below. Nothing may be hidden:
-  /// values in place cannot be kept out of a sum, were they NaN. What decides is the call's shape and options; the
-  /// contents of a mask would let one head's mask choose another's kernel, and so its bits.
-  [[nodiscard]] bool reads_in_place(const row_tile& t) const noexcept {
-    return reads_rows_ && rows_of(t.g) <= block_rows;
-  }
-  /// Where a group of tokens read in place stands: the n-th of key tile i, which is the `slot`-th of a run; `heads` KV
-  /// heads visit it.
+  /// Where a group of tokens read in place stands: the n-th of key tile i, which is the `slot`-th of a run.
   struct group_place {
     index_t i, slot, n;
-    index_t heads;
     [[nodiscard]] index_t first_token() const noexcept { return i * tile_tokens + n * group_tokens; }
   };
   /// In place, first: the scores of a group.
@@ -202,7 +210,7 @@ class tile_engine {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, at.first_token());
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
-          rows.k, kv_.keys_ahead(t.g, {t.rows, at.heads}), w.q, q_stride(), problem_.shape.head_dim,
+          rows.k, w.keys_ahead, w.q, q_stride(), problem_.shape.head_dim,
           w.s + at.slot * t.rows * tile_tokens + at.n * group_tokens);
     }
   }
@@ -221,7 +229,7 @@ class tile_engine {
       }
       const auto rows = kv_.rows(t.b, t.g, at.first_token());
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
-          rows.v, kv_.values_ahead(t.g, {t.rows, at.heads}), w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens,
+          rows.v, w.values_ahead, w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens,
           {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
       if (at.n + 1 == tile_tokens / group_tokens)
         add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha + at.slot * t.rows,
@@ -264,7 +272,11 @@ class tile_engine {
 
  private:
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
-  static constexpr bool has_rows = requires(const Source& kv) { kv.rows(index_t{}, index_t{}, index_t{}); };
+  static constexpr bool has_rows = requires(const Source& kv) {
+    kv.rows(index_t{}, index_t{}, index_t{});
+    kv.keys_ahead(index_t{}, group_visit{});
+    kv.values_ahead(index_t{}, group_visit{});
+  };
 
   /// Bytes of a tile, and those of the next one that a row block asks for.
   struct fetched_bytes {

@@ -228,21 +228,19 @@ void score_block(const block_operands<P, L>& op) noexcept {
       [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, false>(op, column); });
 }
 
-/// Rows whose weights are added up beside one register block of value columns: beside 6 x 4 packets there are registers
-/// for 3 more sums, beside 6 x 2 of 16 for one.
-template <int Rows>
-inline constexpr int weights_at_once = packet_registers == 32 ? (Rows + 1) / 2 : 1;
-
 /// Calls f.template operator()<Vectors, Weights>(place) for the value columns, block by block of 64, at most `Most`
-/// packets at a time. Unless the softmax sums weights, some columns do: those of full width those of a few rows each,
-/// until all rows had their turn; where there are too few of full width, a narrower one, or the only one, those of all.
+/// packets at a time. Unless the softmax sums weights, some columns do. Those of full width add up a few rows' each
+/// until all rows had their turn: beside 6 x 4 packets of 32 registers half of the rows', beside 6 x 2 of 16 one row's,
+/// or half of the rows' too where there are not enough of full width. Where there is only one, a narrower one or else
+/// that one adds up all.
 template <class P, class L, int Rows, int Most, class F>
 GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
   using A = accumulator_t<P>;
-  constexpr int few = weights_at_once<Rows>;
+  constexpr int half = (Rows + 1) / 2, few = packet_registers == 32 ? half : 1;
   constexpr index_t width = Most * packet_size<A>;
   const index_t full = value_dim / width;
-  const bool by_few = full * few >= Rows, by_narrow = full * width < value_dim;
+  const int at_once = full * few >= Rows ? few : full >= 2 ? half : Rows;
+  const bool has_narrow = full * width < value_dim;
   index_t done = sums_in_lanes<L> ? Rows : 0;
   for (index_t block = 0; block < value_dim; block += value_block) {
     const index_t columns = std::min(value_block, value_dim - block);
@@ -253,12 +251,15 @@ GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
       };
       if constexpr (!sums_in_lanes<L>) {
         if constexpr (Vectors == Most) {
-          if (by_few && done + few <= Rows) return call.template operator()<few>();
-          if constexpr (Rows % few != 0) {
-            if (by_few && done < Rows) return call.template operator()<Rows % few>();
+          if (at_once == few && done + few <= Rows) return call.template operator()<few>();
+          if constexpr (half != few) {
+            if (at_once == half && done + half <= Rows) return call.template operator()<half>();
+          }
+          if constexpr (Rows % half != 0) {
+            if (at_once == half && done < Rows) return call.template operator()<Rows % half>();
           }
         }
-        if (!by_few && done < Rows && (Vectors < Most || !by_narrow)) return call.template operator()<Rows>();
+        if (at_once == Rows && done < Rows && (Vectors < Most || !has_narrow)) return call.template operator()<Rows>();
       }
       call.template operator()<0>();
     });
