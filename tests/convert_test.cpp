@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
@@ -17,24 +19,24 @@ namespace {
 template <class Out>
 int wrong_results() {
   constexpr int width = packet_size<float>;
-  int wrong = 0, filled = 0;
-  float x[width];
-  Out actual[width];
+  int wrong = 0;
+  std::vector<float> x;
+  std::vector<Out> actual(width);
   const auto check = [&](std::uint32_t word) {
-    x[filled++] = std::bit_cast<float>(word);
-    if (filled < width) return;
-    filled = 0;
-    store_result<Out, float>(actual, load(x));
-    for (int i = 0; i < width; ++i) {
+    x.push_back(std::bit_cast<float>(word));
+    if (x.size() < actual.size()) return;
+    store_result<Out, float>(actual.data(), load(x.data()));
+    for (std::size_t i = 0; i < x.size(); ++i) {
       const Out expected = stored<Out>(x[i]);
       wrong += std::memcmp(&actual[i], &expected, sizeof(Out)) != 0;
     }
+    x.clear();
   };
   for (std::uint32_t high = 0; high < 0x10000; ++high) {  // zeros, infinities and NaN of either sign among them
     for (const std::uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) check(high << 16 | low);
   }
   for (std::uint64_t word = 0; word < std::uint64_t{1} << 32; word += 509) check(static_cast<std::uint32_t>(word));
-  while (filled != 0) check(0);
+  while (!x.empty()) check(0);
   return wrong;
 }
 
