@@ -36,7 +36,7 @@ namespace gqa {
 ///   find_fault()      what is wrong with the source itself; checked at the door
 /// and, where it has them:
 ///   keys(), values()  views of its memory, which no output may overlap
-///   rows(b, g, t), keys_ahead(g, visit), values_ahead(g, visit)
+///   rows(b, g, t), ahead(g, visit)
 ///                     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp), and the rows
 ///                     that it asks for meanwhile
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
@@ -105,11 +105,8 @@ class dense_kv {
     return {{&k_(b, first, g, 0), k_.stride(1)}, {&v_(b, first, g, 0), v_.stride(1)}};
   }
   /// What to ask for while rows of KV head g are read, of views that have passed the checks of a call.
-  [[nodiscard]] detail::rows_ahead keys_ahead(index_t g, const detail::group_visit& visit) const noexcept {
-    return ahead_of(k_, g, visit);
-  }
-  [[nodiscard]] detail::rows_ahead values_ahead(index_t g, const detail::group_visit& visit) const noexcept {
-    return ahead_of(v_, g, visit);
+  [[nodiscard]] detail::kv_ahead ahead(index_t g, const detail::group_visit& visit) const noexcept {
+    return {ahead_of(k_, g, visit), ahead_of(v_, g, visit)};
   }
 
  private:

@@ -55,6 +55,9 @@ struct group_visit {
 struct rows_ahead {
   index_t bytes = 0, stride = 0;
 };
+struct kv_ahead {
+  rows_ahead k, v;
+};
 
 /// Asks for the i-th of them, `elements` long, in pieces of two cache lines.
 template <class T>

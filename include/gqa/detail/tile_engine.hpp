@@ -63,10 +63,9 @@ struct workspace {
   P* seen_values;          // values of one tile without those that a row may not see
   bool all_seen = false;   // whether every row sees all of it
   bool in_place = false;   // whether rows read whole tiles in place, and
-  rows_ahead keys_ahead;   // what they ask for meanwhile
-  rows_ahead values_ahead;
-  key_range whole;    // tiles that every row sees all of, as far as the interval rules go
-  P* tile = nullptr;  // of the source
+  kv_ahead ahead;          // what they ask for meanwhile
+  key_range whole;         // tiles that every row sees all of, as far as the interval rules go
+  P* tile = nullptr;       // of the source
 
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
   static std::size_t carve(std::byte* memory, index_t rows, index_t score_rows, index_t q_stride, index_t out_stride,
@@ -172,10 +171,7 @@ class tile_engine {
   }
   /// What to ask for while rows are read in place by `heads` KV heads, one after the other.
   void look_ahead(const row_tile& t, index_t heads, workspace& w) const noexcept {
-    if constexpr (has_rows) {
-      w.keys_ahead = kv_.keys_ahead(t.g, {t.rows, heads});
-      w.values_ahead = kv_.values_ahead(t.g, {t.rows, heads});
-    }
+    if constexpr (has_rows) w.ahead = kv_.ahead(t.g, {t.rows, heads});
   }
 
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed.
@@ -210,7 +206,7 @@ class tile_engine {
     if constexpr (has_rows) {
       const auto rows = kv_.rows(t.b, t.g, at.first_token());
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
-          rows.k, w.keys_ahead, w.q, q_stride(), problem_.shape.head_dim,
+          rows.k, w.ahead.k, w.q, q_stride(), problem_.shape.head_dim,
           w.s + at.slot * t.rows * tile_tokens + at.n * group_tokens);
     }
   }
@@ -229,8 +225,8 @@ class tile_engine {
       }
       const auto rows = kv_.rows(t.b, t.g, at.first_token());
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
-          rows.v, w.values_ahead, w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens,
-          {w.tile_sums, w.tile_weights}, out_stride(), problem_.shape.value_dim);
+          rows.v, w.ahead.v, w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens, {w.tile_sums, w.tile_weights},
+          out_stride(), problem_.shape.value_dim);
       if (at.n + 1 == tile_tokens / group_tokens)
         add_tile_sums<A>({w.tile_sums, w.tile_weights}, w.alpha + at.slot * t.rows,
                          {states.out, weight_sums_of(states, 0)}, t.rows, out_stride());
@@ -274,8 +270,7 @@ class tile_engine {
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
   static constexpr bool has_rows = requires(const Source& kv) {
     kv.rows(index_t{}, index_t{}, index_t{});
-    kv.keys_ahead(index_t{}, group_visit{});
-    kv.values_ahead(index_t{}, group_visit{});
+    kv.ahead(index_t{}, group_visit{});
   };
 
   /// Bytes of a tile, and those of the next one that a row block asks for.
