@@ -4,19 +4,21 @@
 #pragma once
 
 // IWYU pragma: begin_exports
-#include <gqa/attention.hpp>     // attention(), check(): exact attention, any grouping, any option
-#include <gqa/config.hpp>        // index_t, accumulator_t, GQA_NO_EXCEPTIONS
-#include <gqa/context.hpp>       // context: who runs the tasks, and scratch memory
-#include <gqa/eigen_tensor.hpp>  // view() of Eigen::Tensor and TensorMap
-#include <gqa/error.hpp>         // errc, error, set_error_handler()
-#include <gqa/huge_pages.hpp>    // huge_pages: memory for caches in pages of 2 MiB
-#include <gqa/kv_cache.hpp>      // kv_cache: keys and values of fixed capacity in the kernels' own order
-#include <gqa/kv_source.hpp>     // kv_view(), the concept kv_source
-#include <gqa/openmp.hpp>        // openmp_executor
-#include <gqa/options.hpp>       // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
-#include <gqa/reference.hpp>     // reference::attention(): naive, in double; oracle and baseline
-#include <gqa/state.hpp>         // partial_state, merge(), merge_many()
-#include <gqa/tensor_view.hpp>   // tensor_view, view() and view_as() of raw memory
-#include <gqa/variants.hpp>      // attention_variant: your own scores and masks
-#include <gqa/version.hpp>       // GQA_VERSION_MAJOR, _MINOR, _PATCH
+#include <gqa/attention.hpp>         // attention(), check(): exact attention, any grouping, any option
+#include <gqa/config.hpp>            // index_t, accumulator_t, GQA_NO_EXCEPTIONS
+#include <gqa/context.hpp>           // context: who runs the tasks, and scratch memory
+#include <gqa/eigen_tensor.hpp>      // view() of Eigen::Tensor and TensorMap
+#include <gqa/error.hpp>             // errc, error, set_error_handler()
+#include <gqa/huge_pages.hpp>        // huge_pages: memory for caches in pages of 2 MiB
+#include <gqa/kv_cache.hpp>          // kv_cache: keys and values of fixed capacity in the kernels' own order
+#include <gqa/kv_source.hpp>         // kv_view(), the concept kv_source
+#include <gqa/openmp.hpp>            // openmp_executor
+#include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
+#include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance
+#include <gqa/query_groups.hpp>      // query_groups, grouping_options
+#include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline
+#include <gqa/state.hpp>             // partial_state, merge(), merge_many()
+#include <gqa/tensor_view.hpp>       // tensor_view, view() and view_as() of raw memory
+#include <gqa/variants.hpp>          // attention_variant: your own scores and masks
+#include <gqa/version.hpp>           // GQA_VERSION_MAJOR, _MINOR, _PATCH
 // IWYU pragma: end_exports

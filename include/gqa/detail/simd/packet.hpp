@@ -197,6 +197,23 @@ template <class A>
   return Eigen::internal::predux_max(x);
 }
 
+/// Bit i set where lane i of `a` equals that of `b`.
+template <class A>
+[[nodiscard]] inline std::uint64_t equal_bits(const packet<A>& a, const packet<A>& b) noexcept {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (packet_size<A> == 16) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+  } else if constexpr (sizeof(packet<A>) == 64) {
+    return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ);
+  }
+#endif
+  alignas(64) A x[packet_size<A>], y[packet_size<A>];
+  store(x, a), store(y, b);
+  std::uint64_t bits = 0;
+  for (int i = 0; i < packet_size<A>; ++i) bits |= static_cast<std::uint64_t>(x[i] == y[i]) << i;
+  return bits;
+}
+
 /// The first lane.
 template <class A>
 [[nodiscard]] inline A first_lane(const packet<A>& x) noexcept {
