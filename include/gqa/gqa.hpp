@@ -12,6 +12,7 @@
 #include <gqa/huge_pages.hpp>        // huge_pages: memory for caches in pages of 2 MiB
 #include <gqa/kv_cache.hpp>          // kv_cache: keys and values of fixed capacity in the kernels' own order
 #include <gqa/kv_source.hpp>         // kv_view(), the concept kv_source
+#include <gqa/local_masks.hpp>       // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
 #include <gqa/openmp.hpp>            // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
 #include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance

@@ -52,7 +52,10 @@ bool sees(const attention_options& o, const Variant& variant, const position& p,
     const index_t b = o.mask->extent(0) == 1 ? 0 : p.batch, h = o.mask->extent(1) == 1 ? 0 : p.q_head;
     if (!(*o.mask)(b, h, s, p.key)) return false;
   }
-  if constexpr (detail::hides_positions<Variant>) {
+  if constexpr (detail::hides_bits<Variant>) {
+    const index_t first = p.key / 64 * 64;
+    return (variant.visible_bits(position{p.batch, p.q_head, p.query, first}) >> (p.key - first) & 1) != 0;
+  } else if constexpr (detail::hides_positions<Variant>) {
     return variant.visible(p);
   } else if constexpr (detail::hides_blocks<Variant>) {  // a block of one pair
     return variant.visible(key_block{p.batch, p.q_head, p.q_head + 1, p.query, p.query + 1, p.key, p.key + 1}) !=

@@ -114,7 +114,7 @@ class tile_engine {
         rules_(p, variant),
         interval_(p.interval()),
         fetched_(fetched_of(p.shape)),
-        sees_intervals_(!p.options.mask && !hides_positions<Variant> && !hides_blocks<Variant>),
+        sees_intervals_(!p.options.mask && !hides_keys<Variant>),
         streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
         reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {}
 
@@ -135,10 +135,13 @@ class tile_engine {
   /// Key tiles [begin, end) that some of the queries [first, last] of a sequence may see.
   [[nodiscard]] key_range tiles_of(index_t b, index_t first, index_t last) const noexcept {
     const index_t keys = length(b), offset = problem_.query_offset(b, keys);
-    const index_t begin = interval_.keys_of(offset + first, keys).begin;
-    const index_t end = interval_.keys_of(offset + last, keys).end;
-    if (end <= begin) return {0, 0};
-    return {begin / tile_tokens, ceil_div(end, tile_tokens)};
+    key_range seen{interval_.keys_of(offset + first, keys).begin, interval_.keys_of(offset + last, keys).end};
+    if constexpr (bounds_keys<Variant>) {
+      const key_range bound = variant_.keys({offset + first, offset + last + 1});
+      seen = {std::max(seen.begin, bound.begin), std::min(seen.end, bound.end)};
+    }
+    if (seen.size() == 0) return {0, 0};
+    return {seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
   }
   [[nodiscard]] key_range tiles_of(const row_tile& t) const noexcept {
     const index_t group = problem_.group_size(t.g);
@@ -331,7 +334,7 @@ class tile_engine {
                                         offset + (t.first + t.rows - 1) / group + 1, first_key,
                                         std::min(first_key + tile_tokens, keys)});
     } else {
-      return hides_positions<Variant> ? visibility::some : visibility::all;
+      return hides_keys<Variant> ? visibility::some : visibility::all;
     }
   }
 
@@ -368,6 +371,9 @@ class tile_engine {
   }
 
   [[nodiscard]] std::uint64_t keep_visible(std::uint64_t bits, const row_index& row, index_t first_key) const {
+    if constexpr (hides_bits<Variant>) {
+      return bits == 0 ? 0 : bits & variant_.visible_bits(position{row.batch, row.q_head, row.position, first_key});
+    }
     for (std::uint64_t left = bits; left != 0; left &= left - 1) {
       const index_t c = std::countr_zero(left), key = first_key + c;
       bool seen = true;

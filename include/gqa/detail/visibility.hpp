@@ -9,18 +9,10 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/options.hpp>
+#include <gqa/variants.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
-
-/// Key positions [begin, end); empty if end <= begin.
-struct key_range {
-  index_t begin = 0;
-  index_t end = 0;
-
-  [[nodiscard]] constexpr index_t size() const noexcept { return end > begin ? end - begin : 0; }
-  [[nodiscard]] friend constexpr bool operator==(const key_range&, const key_range&) = default;
-};
 
 /// Interval rules of a call. Both ends of keys_of() grow with the query position, so that the keys of a run of queries
 /// lie between the begin of its first and the end of its last.
