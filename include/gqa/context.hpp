@@ -133,6 +133,14 @@ class context {
     return scratch_.at_least(bytes, "scratch");
   }
 
+  /// Internal: a serial context for each worker, for calls made within tasks; their memory stays, too. Not from tasks.
+  [[nodiscard]] context* detail_workers() {
+    const index_t count = concurrency();
+    if (count > worker_count_) workers_ = std::make_unique<context[]>(static_cast<std::size_t>(count));
+    worker_count_ = std::max(worker_count_, count);
+    return workers_.get();
+  }
+
   /// Internal: memory for a plan of so many sequences, zeros at first, then what the last call left there.
   [[nodiscard]] std::byte* detail_plan(index_t sequences) {
     const std::size_t bytes = detail_plan_bytes + static_cast<std::size_t>(sequences) * detail_sequence_bytes;
@@ -156,6 +164,8 @@ class context {
   index_t (*concurrency_)(void*) = nullptr;
   void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
   detail::growing_memory scratch_, plan_;
+  std::unique_ptr<context[]> workers_;
+  index_t worker_count_ = 0;
 };
 
 }  // namespace gqa

@@ -31,11 +31,10 @@ namespace gqa {
 inline namespace GQA_ISA {
 
 /// A kv_source of up to `capacity` tokens a sequence. Movable; one writer at a time, and no reader meanwhile.
-/// \tparam T  float, Eigen::half or Eigen::bfloat16: what is stored. Computed in float.
+/// \tparam T  float, double, Eigen::half or Eigen::bfloat16: what is stored. Computed in float, double over double.
 template <class T>
 class kv_cache {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, Eigen::half> || std::is_same_v<T, Eigen::bfloat16>,
-                "gqa: a kv_cache holds float, half or bfloat16");
+  static_assert(detail::storable<T>, "gqa: a kv_cache holds float, double, half or bfloat16");
 
  public:
   using element = T;

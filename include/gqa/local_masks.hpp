@@ -75,9 +75,6 @@ class band_mask {
                      printable(value)));
     return least;
   }
-  [[nodiscard]] static constexpr index_t floor_div(index_t n, index_t by) noexcept {
-    return n >= 0 ? n / by : -ceil_div(-n, by);
-  }
 
  private:
   [[nodiscard]] const Mask& self() const noexcept { return static_cast<const Mask&>(*this); }
@@ -105,7 +102,7 @@ class block_local : public detail::band_mask<block_local> {
         before_(at_least(0, before, "block_local: before", size_)),
         after_(at_least(0, after, "block_local: after", size_)) {}
   [[nodiscard]] key_range band(index_t query) const noexcept {
-    const index_t block = floor_div(query, size_);
+    const index_t block = detail::floor_div(query, size_);
     return {(block - before_) * size_, (block + after_ + 1) * size_};
   }
 

@@ -47,21 +47,21 @@ template <class T>
 
 inline namespace GQA_ISA {
 
-/// Runs `group(grouper)` over a copy of the rows in accumulators.
+/// Runs `group(grouper)` over a copy of the rows in accumulators; `given` representatives, or as many as it finds.
 template <class T, class Group>
 void group_rows(const tensor_view<const T, 2>& rows, const grouping_options& options,
-                query_groups<accumulator_t<T>>& groups, context& ctx, const Group& group) {
+                query_groups<accumulator_t<T>>& groups, index_t given, context& ctx, const Group& group) {
   using A = accumulator_t<T>;
   const index_t n = rows.extent(0), dim = rows.extent(1), stride = round_up(dim, 16);
   const auto copy_bytes = static_cast<std::size_t>(round_up(n * stride, 64)) * sizeof(A);
-  std::byte* const memory = ctx.detail_scratch(copy_bytes + row_grouper<A>::bytes(n, dim, options, ctx));
+  std::byte* const memory = ctx.detail_scratch(copy_bytes + row_grouper<A>::bytes(n, dim, options, given, ctx));
   if (memory == nullptr) return;
   A* const copy = reinterpret_cast<A*>(memory);
   for (index_t i = 0; i < n; ++i) {
     const T* const row = rows.data() + i * rows.stride(0);
     for (index_t d = 0; d < dim; ++d) copy[i * stride + d] = static_cast<A>(row[d]);
   }
-  row_grouper<A> grouper({copy, n, dim, stride}, options, ctx, memory + copy_bytes);
+  row_grouper<A> grouper({copy, n, dim, stride}, options, given, ctx, memory + copy_bytes);
   group(grouper);
   grouper.write(groups);
 }
@@ -80,7 +80,7 @@ void group_queries(tensor_view<const T, 2> rows, const grouping_options& options
                    query_groups<accumulator_t<T>>& groups, context& ctx) {
   if (const auto f = detail::find_rows_fault(rows)) return detail::raise(f);
   if (const auto f = detail::find_grouping_fault(options)) return detail::raise(f);
-  detail::group_rows(rows, options, groups, ctx, [](auto& grouper) { grouper.by_content(); });
+  detail::group_rows(rows, options, groups, 0, ctx, [](auto& grouper) { grouper.by_content(); });
 }
 
 /// Groups rows by the caller's labels [n], numbers from 0 on. Groups keep their order; numbers that no row has are left
@@ -100,7 +100,28 @@ void group_by_labels(tensor_view<const T, 2> rows, std::span<const index_t> labe
   }
   grouping_options options;
   options.groups = rows.extent(0);
-  detail::group_rows(rows, options, groups, ctx, [&](auto& grouper) { grouper.by_labels(labels); });
+  detail::group_rows(rows, options, groups, 0, ctx, [&](auto& grouper) { grouper.by_labels(labels); });
+}
+
+/// Sends each row to the nearest of representatives [C, D] that are given, of other rows for example, and stay as they
+/// are. Those that no row comes to are left out. Rows farther than `radius` from theirs (infinity: none) are left
+/// together in a last group of infinite radius.
+/// \throws error also (errc::shape) unless there is a representative and all have D elements
+template <class T>
+void group_by_representatives(tensor_view<const T, 2> rows, tensor_view<const accumulator_t<T>, 2> representatives,
+                              double radius, query_groups<accumulator_t<T>>& groups, context& ctx) {
+  if (const auto f = detail::find_rows_fault(rows)) return detail::raise(f);
+  if (const auto f = detail::find_rows_fault(representatives)) return detail::raise(f);
+  const index_t count = representatives.extent(0), dim = rows.extent(1);
+  if (count < 1 || representatives.extent(1) != dim || representatives.stride(0) != dim)
+    return detail::raise(detail::make_fault(
+        errc::shape, "representatives: expected 1 or more of %lld elements, one after the other, got %lld of %lld",
+        detail::printable(dim), detail::printable(count), detail::printable(representatives.extent(1))));
+  grouping_options options;
+  options.groups = count, options.radius = radius;
+  if (const auto f = detail::find_grouping_fault(options)) return detail::raise(f);
+  const std::span given(representatives.data(), static_cast<std::size_t>(count * dim));
+  detail::group_rows(rows, options, groups, count, ctx, [&](auto& grouper) { grouper.by_representatives(given); });
 }
 
 /// Groups rows by the caller's distance(i, j) >= 0 of two of them: a farthest-point cover from row 0 on, until every
@@ -115,7 +136,7 @@ void group_by_distance(tensor_view<const T, 2> rows, const Distance& distance, c
   grouping_options cover = options;
   cover.method = grouping_method::cover;
   if (const auto f = detail::find_grouping_fault(cover)) return detail::raise(f);
-  detail::group_rows(rows, cover, groups, ctx, [&](auto& grouper) { grouper.by_distance(distance); });
+  detail::group_rows(rows, cover, groups, 0, ctx, [&](auto& grouper) { grouper.by_distance(distance); });
 }
 
 }  // namespace GQA_ISA

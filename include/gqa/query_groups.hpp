@@ -42,6 +42,28 @@ struct query_groups {
   [[nodiscard]] friend bool operator==(const query_groups&, const query_groups&) = default;
 };
 
+namespace detail {
+
+/// Whether order and offsets are those of a partition, and the other members have its size.
+template <class A>
+[[nodiscard]] bool is_partition(const query_groups<A>& g) {
+  const auto groups = static_cast<std::size_t>(g.size());
+  if (g.offsets.size() != groups + 1 || g.offsets.front() != 0 || g.offsets.back() != g.rows() ||
+      g.representatives.size() != groups * static_cast<std::size_t>(g.dim))
+    return false;
+  for (std::size_t j = 0; j < groups; ++j) {
+    if (g.offsets[j + 1] <= g.offsets[j]) return false;
+  }
+  std::vector<bool> seen(g.order.size());
+  for (const index_t i : g.order) {
+    if (i < 0 || i >= g.rows() || seen[static_cast<std::size_t>(i)]) return false;
+    seen[static_cast<std::size_t>(i)] = true;
+  }
+  return true;
+}
+
+}  // namespace detail
+
 enum class grouping_method {
   kmeans,    ///< Lloyd's iterations from k-means++ seeds (Arthur and Vassilvitskii 2007)
   hashed,    ///< signs of random projections, k-means among them in Hamming distance (Vyas et al. 2020)

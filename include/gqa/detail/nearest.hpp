@@ -82,9 +82,7 @@ class packed_centres {
     kv_tile<A> tile;
     for (index_t panel = 0; panel < tile_panels; ++panel)
       tile.k[static_cast<std::size_t>(panel)] = panels_ + i * tile_keys(dim_) + panel * key_panel_elements<A>(dim_);
-    const block_operands<A, A> op{tile,    rows,    stride, dim_, s,           A{1},    nullptr, nullptr,          0,
-                                  nullptr, nullptr, 0,      0,    tile_panels, nullptr, nullptr, {tile.k[0], 0, 0}};
-    row_block_kernels<A, A>::scores[static_cast<std::size_t>(count - 1)](op);
+    score_tile(tile, rows, stride, dim_, count, s);
   }
 
   /// The nearest centre of each of the rows [begin, end); of several the first.

@@ -14,8 +14,10 @@
 /// rounded.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <numbers>
@@ -108,6 +110,31 @@ void merge_row(const raw_states<A>& self, const raw_states<A>& other, index_t ro
   const packet<A> keep_all = broadcast(keep), take_all = broadcast(take);
   for (index_t e = 0; e < out_stride; e += width)
     store(out + e, madd(load(more + e), take_all, mul<A>(load(out + e), keep_all)));
+}
+
+/// A finished row of a state: out [dim], or null for zeros, and its natural log-sum-exp.
+template <class A>
+struct finished_state {
+  const A* out;
+  A lse;
+};
+
+/// out <- the merge of finished rows over disjoint keys; returns its log-sum-exp. A sink is a row of zeros.
+template <class A, std::size_t N>
+[[nodiscard]] A merge_finished(const finished_state<A> (&states)[N], index_t dim, A* out) noexcept {
+  A top = minus_infinity<A>;
+  for (const auto& state : states) top = state.lse > top || state.lse != state.lse ? state.lse : top;
+  std::fill_n(out, dim, A{0});
+  if (top == minus_infinity<A>) return top;
+  A total{0};
+  for (const auto& state : states) {
+    const A weight = std::exp(state.lse - top);
+    total += weight;
+    for (index_t e = 0; e < dim && state.out != nullptr && weight != A{0}; ++e)
+      out[e] = scalar_madd(weight, state.out[e], out[e]);
+  }
+  for (index_t e = 0; e < dim; ++e) out[e] /= total;
+  return top + std::log(total);
 }
 
 /// A row once all its keys and its sink have been seen: out * scale / sum is the attention output.

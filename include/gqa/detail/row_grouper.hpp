@@ -30,14 +30,16 @@ inline namespace GQA_ISA {
 template <class A>
 class row_grouper {
  public:
-  /// Scratch that grouping n rows takes.
-  [[nodiscard]] static std::size_t bytes(index_t n, index_t dim, const grouping_options& options, context& ctx) {
-    row_grouper measured({nullptr, n, dim, round_up(dim, 16)}, options, ctx);
+  /// Scratch that grouping n rows takes; `given` representatives, or as many as the options say.
+  [[nodiscard]] static std::size_t bytes(index_t n, index_t dim, const grouping_options& options, index_t given,
+                                         context& ctx) {
+    row_grouper measured({nullptr, n, dim, round_up(dim, 16)}, options, given, ctx);
     return measured.carve(nullptr);
   }
 
-  row_grouper(const point_rows<A>& rows, const grouping_options& options, context& ctx, std::byte* memory)
-      : row_grouper(rows, options, ctx) {
+  row_grouper(const point_rows<A>& rows, const grouping_options& options, index_t given, context& ctx,
+              std::byte* memory)
+      : row_grouper(rows, options, given, ctx) {
     carve(memory);
     for_each_chunk(x_.dim, [this](index_t, index_t begin, index_t end) {
       for (index_t i = begin; i < end; ++i) finite_[i] = std::isfinite(squared_norm(x_.row(i)));
@@ -64,6 +66,18 @@ class row_grouper {
   void by_labels(std::span<const index_t> labels) {
     std::copy(labels.begin(), labels.end(), labels_);
     count_ = x_.count;
+  }
+
+  /// To the nearest of representatives [C, D] that are given; rows farther than options.radius from it are left out
+  /// like those that are not finite.
+  void by_representatives(std::span<const A> representatives) {
+    given_ = representatives.data();
+    count_ = given_count_;
+    for (index_t j = 0; j < count_; ++j) centres_[j] = j;
+    const packed_centres<A> centres({given_, count_, x_.dim, x_.dim}, packed_);
+    centres.find_nearest(x_, 0, x_.count, labels_);
+    for (index_t i = 0; i < x_.count; ++i)
+      finite_[i] = finite_[i] && distance_from(i, given_ + labels_[i] * x_.dim) <= options_.radius;
   }
 
   template <class Distance>
@@ -106,9 +120,10 @@ class row_grouper {
   static constexpr index_t chunk_rows = 192;      // 96 KB of floats at D = 128: L2 beside 64 centres
   static constexpr index_t seeds_drawn_from = 8;  // rows a seed
 
-  row_grouper(const point_rows<A>& rows, const grouping_options& options, context& ctx) noexcept
-      : x_(rows), options_(options), ctx_(ctx) {
+  row_grouper(const point_rows<A>& rows, const grouping_options& options, index_t given, context& ctx) noexcept
+      : x_(rows), options_(options), ctx_(ctx), given_count_(given) {
     most_ = options.groups == 0 ? rows.count : std::min(options.groups, rows.count);
+    if (given > 0) most_ = given;
   }
 
   std::size_t carve(std::byte* memory) {
@@ -117,7 +132,7 @@ class row_grouper {
       piece = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
       used += static_cast<std::size_t>(round_up(count * static_cast<index_t>(sizeof(T)), 64));
     };
-    const bool has_means = options_.method == grouping_method::kmeans;
+    const bool has_means = options_.method == grouping_method::kmeans || given_count_ > 0;
     take(labels_, x_.count), take(order_, x_.count);
     take(near_, x_.count), take(apart_, most_), take(luck_, x_.count), take(codes_, x_.count), take(finite_, x_.count);
     take(offsets_, most_ + 2), take(centres_, most_ + 1), take(centre_codes_, most_);
@@ -397,6 +412,7 @@ class row_grouper {
     index_t kept = 0;
     for (index_t j = 0; j <= count_; ++j) {
       if (offsets_[j] == offsets_[j + 1]) continue;
+      if (j < count_) centres_[kept] = centres_[j];
       offsets_[kept++] = offsets_[j];
     }
     offsets_[kept] = x_.count;
@@ -417,6 +433,10 @@ class row_grouper {
 
   /// Writes the representative of group j and returns its radius.
   [[nodiscard]] A represent(index_t j, A* to, index_t worker) const {
+    if (given_ != nullptr) {
+      std::copy_n(given_ + centres_[j] * x_.dim, x_.dim, to);
+      return radius_about(j, to);
+    }
     double* const sums = sums_ + worker * x_.dim;
     if (!represented_by_rows_) {
       mean_of_group(j, to, sums);
@@ -435,21 +455,24 @@ class row_grouper {
   /// The largest distance of a member of group j from a point, rounded up past the errors of its sum.
   [[nodiscard]] A radius_about(index_t j, const A* point) const noexcept {
     double largest = 0;
-    for (index_t m = offsets_[j]; m < offsets_[j + 1]; ++m) {
-      const A* const x = x_.row(order_[m]);
-      const double squared =
-          sum_of_squares([&](index_t d) { return static_cast<double>(x[d]) - static_cast<double>(point[d]); });
-      largest = std::max(largest, squared);
-    }
-    const double up = std::sqrt(largest) * (1 + (static_cast<double>(x_.dim) + 4) * 0x1p-53);
+    for (index_t m = offsets_[j]; m < offsets_[j + 1]; ++m)
+      largest = std::max(largest, distance_from(order_[m], point));
+    const double up = largest * (1 + (static_cast<double>(x_.dim) + 4) * 0x1p-53);
     const A radius = static_cast<A>(up);
     return static_cast<double>(radius) < up ? std::nextafter(radius, std::numeric_limits<A>::infinity()) : radius;
+  }
+  [[nodiscard]] double distance_from(index_t i, const A* point) const noexcept {
+    const A* const x = x_.row(i);
+    return std::sqrt(
+        sum_of_squares([&](index_t d) { return static_cast<double>(x[d]) - static_cast<double>(point[d]); }));
   }
 
   point_rows<A> x_;
   const grouping_options& options_;
   context& ctx_;
   index_t most_ = 0, count_ = 0;  // groups there may be, and are
+  index_t given_count_ = 0;
+  const A* given_ = nullptr;  // [groups, dim], representatives that are not of these rows
   bool represented_by_rows_ = false;
   double longest_ = 0;
 

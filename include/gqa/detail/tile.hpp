@@ -39,6 +39,11 @@ inline constexpr index_t split_tiles = split_tokens / tile_tokens;
   return (n + by - 1) / by;
 }
 
+/// n / by rounded down, of a negative n, too.
+[[nodiscard]] constexpr index_t floor_div(index_t n, index_t by) noexcept {
+  return n >= 0 ? n / by : -ceil_div(-n, by);
+}
+
 /// Value columns of a panel and of an output row: E rounded up to whole packets of any ISA.
 [[nodiscard]] constexpr index_t padded_value_dim(index_t value_dim) noexcept {
   return round_up(value_dim, panel_tokens);

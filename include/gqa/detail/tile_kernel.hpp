@@ -374,5 +374,16 @@ struct row_block_kernels {
       by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows>; }, streams);
 };
 
+/// The scores s [rows, 64] of up to 6 rows of queries in accumulators on a whole tile, and nothing else.
+template <class P>
+void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_stride, index_t head_dim, index_t rows,
+                accumulator_t<P>* s) noexcept {
+  using A = accumulator_t<P>;
+  const block_operands<P, A> op{tile,    q,       q_stride,         head_dim, s, A{1}, nullptr,
+                                nullptr, 0,       nullptr,          nullptr,  0, 0,    tile_panels,
+                                nullptr, nullptr, {tile.k[0], 0, 0}};
+  row_block_kernels<P, A>::scores[static_cast<std::size_t>(rows - 1)](op);
+}
+
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

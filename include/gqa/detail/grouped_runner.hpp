@@ -1,0 +1,509 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// Grouped attention of a call: blocks of queries, near keys exactly, far keys by groups.
+///
+/// Blocks for which groups cannot pay, by their shape, are runs of queries for the exact kernel. The others are tasks,
+/// one a (sequence, KV head, block), each the five steps in a row: define groups, attend group-wise to the far keys,
+/// attend to the near ones, combine, write. What they read of far keys is packed beforehand, for some KV heads at a
+/// time, into a cache, with [v | k] as its values where the form needs the mean of keys.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include <gqa/attention.hpp>
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/group_attender.hpp>
+#include <gqa/detail/online_softmax.hpp>
+#include <gqa/detail/part_of_source.hpp>
+#include <gqa/detail/plan.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/detail/row_grouper.hpp>
+#include <gqa/grouped_options.hpp>
+#include <gqa/kv_cache.hpp>
+#include <gqa/query_groups.hpp>
+#include <gqa/state.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// What the parts of a block cost, in multiply-adds of the engine. Measured (docs/04_grouped_attention.md): top keys
+/// are gathered line by line, seeds and norms run at the speed of L2, rows are copied in and out.
+inline constexpr double cost_of_gathered = 8, cost_of_seeded = 8, cost_of_row_element = 60, cost_of_packed = 3;
+/// Rows of a block that tell whether a cover of all is worth its time: it is not if more than half of them differ.
+inline constexpr index_t sampled_rows = 128;
+/// Groups pay where they promise to take less than this part of the exact kernel's time.
+inline constexpr double paying_share = 0.9;
+
+template <class Q, class KV, class Out>
+class grouped_runner {
+  using P = typename KV::panel_element;
+  using A = accumulator_t<P>;
+
+ public:
+  grouped_runner(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out, const grouped_options& options,
+                 grouped_report* report, context& ctx)
+      : q_(q),
+        kv_(kv),
+        out_(out),
+        options_(options),
+        report_(report),
+        ctx_(ctx),
+        problem_({kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()}) {}
+
+  void run() {
+    list_blocks();
+    if (report_ != nullptr) {
+      report_->blocks.clear();
+      report_->blocks.reserve(blocks_.size());
+      for (const block& b : blocks_) report_->blocks.push_back(empty_report(b));
+    }
+    run_grouped();
+    run_exact();
+  }
+
+ private:
+  /// Queries [begin, end) of the call, of KV head g of sequence b, in the block of positions from `position` on.
+  struct block {
+    index_t b, g;
+    index_t begin, end;
+    index_t position;
+    key_range near;  // keys that are not far
+    index_t keys;    // of the sequence
+    bool exact;
+    std::size_t number;  // in the report
+  };
+
+  /// What a worker keeps from block to block.
+  struct worker_state {
+    query_groups<A> groups, before;
+    std::optional<kv_cache<A>> top;
+  };
+
+  // Shapes.
+
+  [[nodiscard]] index_t length(index_t b) const noexcept {
+    const auto& lengths = options_.attention.kv_lengths;
+    return lengths.empty() ? kv_.length(b) : lengths[static_cast<std::size_t>(b)];
+  }
+  [[nodiscard]] index_t group_size(index_t g) const noexcept { return head_end(g) - first_head(g); }
+  [[nodiscard]] index_t first_head(index_t g) const noexcept {
+    const auto& offsets = options_.attention.group_offsets;
+    return offsets.empty() ? g * (problem_.q_heads / problem_.kv_heads) : offsets[static_cast<std::size_t>(g)];
+  }
+  [[nodiscard]] index_t head_end(index_t g) const noexcept {
+    const auto& offsets = options_.attention.group_offsets;
+    return offsets.empty() ? first_head(g + 1) : offsets[static_cast<std::size_t>(g) + 1];
+  }
+  [[nodiscard]] index_t offset(index_t b) const noexcept {
+    const attention_options& o = options_.attention;
+    if (o.query_offset) return *o.query_offset;
+    return o.query_offsets.empty() ? length(b) - problem_.q_len : o.query_offsets[static_cast<std::size_t>(b)];
+  }
+  [[nodiscard]] double scale() const noexcept {
+    return options_.attention.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem_.head_dim)));
+  }
+  [[nodiscard]] bool needs_means() const noexcept { return options_.groupwise.form == groupwise_form::improved_lse; }
+  [[nodiscard]] index_t far_value_dim() const noexcept {
+    return problem_.value_dim + (needs_means() ? problem_.head_dim : 0);
+  }
+  [[nodiscard]] index_t rows_of(const block& k) const noexcept { return (k.end - k.begin) * group_size(k.g); }
+  [[nodiscard]] index_t far_keys(const block& k) const noexcept { return seen_keys(k) - k.near.size(); }
+  [[nodiscard]] bool covers() const noexcept {
+    return options_.tolerance.has_value() || options_.grouping.method == grouping_method::cover;
+  }
+
+  /// Keys of the sequence that some of a block's queries see.
+  [[nodiscard]] index_t seen_keys(const block& k) const noexcept {
+    return options_.attention.causal ? k.near.end : k.keys;
+  }
+
+  /// Groups of a block's rows that are asked for; of a cover at most.
+  [[nodiscard]] index_t wanted_groups(const block& k) const noexcept {
+    const index_t rows = rows_of(k);
+    if (options_.grouping.groups > 0) return std::min(options_.grouping.groups, rows);
+    if (!covers()) return std::max<index_t>(rows / 32, 1);
+    if (options_.always_group) return rows;
+    index_t most = 1;  // that pay: fewer cost less
+    for (index_t step = rows / 2; step > 0; step /= 2) {
+      if (most + step <= rows && pays(k, most + step, 0)) most += step;
+    }
+    return most;
+  }
+  [[nodiscard]] double dims() const noexcept { return static_cast<double>(problem_.head_dim + problem_.value_dim); }
+  /// Whether so many representatives, and rows alone, are faster than the exact kernel.
+  [[nodiscard]] bool pays(const block& k, index_t groups, index_t alone) const noexcept {
+    if (options_.always_group) return far_keys(k) > 0;
+    if (options_.groupwise.form == groupwise_form::dense) return false;
+    const auto n = static_cast<double>(rows_of(k)), far = static_cast<double>(far_keys(k));
+    const auto dim = static_cast<double>(problem_.head_dim), shared = static_cast<double>(groups);
+    const double top = options_.groupwise.form == groupwise_form::clustered
+                           ? 0
+                           : std::min(static_cast<double>(options_.groupwise.top_keys), far);
+    const double attending =
+        (shared + static_cast<double>(alone)) * far * (dim + static_cast<double>(far_value_dim())) +
+        (top > 0 ? shared * far * dim : 0) + n * top * dims() + shared * top * dims() * cost_of_gathered;
+    const double seeding = covers() ? n : std::min(n, 8 * shared);
+    const auto iterations = static_cast<double>(covers() ? 0 : options_.grouping.iterations + 1);
+    const double grouping = dim * (n * shared * iterations + seeding * shared * cost_of_seeded);
+    const double rows = n * dims() * cost_of_row_element;
+    const auto blocks = static_cast<double>(std::max<index_t>(problem_.q_len / options_.block, 1));
+    const double packing = far * (dim + static_cast<double>(far_value_dim())) * cost_of_packed / blocks;
+    return attending + grouping + rows + packing < paying_share * n * far * dims();
+  }
+
+  void list_blocks() {
+    for (index_t b = 0; b < problem_.batch; ++b) {
+      const index_t keys = length(b), first = offset(b);
+      for (index_t begin = 0; begin < problem_.q_len;) {
+        const index_t position = floor_div(first + begin, options_.block) * options_.block;
+        const index_t end = std::min(position + options_.block - first, problem_.q_len);
+        const index_t near_begin = std::clamp<index_t>(position - options_.window, 0, keys);
+        const index_t after = position + options_.block + (options_.attention.causal ? 0 : options_.window);
+        const key_range near{near_begin, std::clamp<index_t>(after, near_begin, keys)};
+        for (index_t g = 0; g < problem_.kv_heads; ++g) {
+          block k{b, g, begin, end, position, near, keys, false, blocks_.size()};
+          const bool has_groups = !options_.strict_causal || begin > 0;
+          k.exact = rows_of(k) == 0 || far_keys(k) <= 0 || !has_groups || !pays(k, covers() ? 1 : wanted_groups(k), 0);
+          blocks_.push_back(k);
+        }
+        begin = end;
+      }
+    }
+  }
+
+  // Exact attention.
+
+  [[nodiscard]] tensor_view<const Q, 4> queries(index_t b, index_t begin, index_t end, index_t head,
+                                                index_t heads) const noexcept {
+    return {&q_(b, begin, head, 0),
+            {1, end - begin, heads, problem_.head_dim},
+            {q_.stride(0), q_.stride(1), q_.stride(2), 1}};
+  }
+  [[nodiscard]] auto outputs(index_t b, index_t begin, index_t end, index_t head, index_t heads) const noexcept {
+    const auto slice = [&](const auto& out) {
+      return std::remove_cvref_t<decltype(out)>(&out(b, begin, head, 0), {1, end - begin, heads, problem_.value_dim},
+                                                {out.stride(0), out.stride(1), out.stride(2), 1});
+    };
+    if constexpr (output_state<Out>) {
+      const auto& lse = out_.lse;
+      using lse_view = std::remove_cvref_t<decltype(lse)>;
+      return std::remove_cvref_t<Out>{slice(out_.out), lse_view(&lse(b, begin, head), {1, end - begin, heads},
+                                                                {lse.stride(0), lse.stride(1), lse.stride(2)})};
+    } else {
+      return slice(out_);
+    }
+  }
+  /// The call's options for queries from `begin` on of sequence b and heads [head, head + heads), one KV head of them
+  /// or all.
+  [[nodiscard]] attention_options options_of(index_t b, index_t begin, index_t head, index_t heads) const noexcept {
+    attention_options o = options_.attention;
+    o.query_offset = offset(b) + begin;
+    o.query_offsets = {}, o.kv_lengths = {};
+    if (heads != problem_.q_heads) o.group_offsets = {};
+    if (!o.sinks.empty()) o.sinks = o.sinks.subspan(static_cast<std::size_t>(head), static_cast<std::size_t>(heads));
+    return o;
+  }
+
+  /// Runs of blocks that are exact: for all KV heads in one call, else head by head.
+  void run_exact() {
+    const auto heads = static_cast<std::size_t>(problem_.kv_heads);
+    const auto is_exact = [](const block& k) { return k.exact; };
+    if (std::all_of(blocks_.begin(), blocks_.end(), is_exact))
+      return attention(q_, kv_, out_, options_.attention, ctx_);
+    for_each_run(
+        heads, [&](std::size_t i) { return std::all_of(&blocks_[i], &blocks_[i] + heads, is_exact); },
+        [&](const block& first, index_t end) {
+          attend_exactly(first, end, 0, problem_.kv_heads);
+          for (block& k : blocks_) {
+            if (k.b == first.b && first.begin <= k.begin && k.end <= end) k.exact = false;  // done
+          }
+        });
+    for (std::size_t g = 0; g < heads; ++g)
+      for_each_run(
+          heads, [&](std::size_t i) { return blocks_[i + g].exact; },
+          [&](const block& first, index_t end) {
+            if (group_size(static_cast<index_t>(g)) > 0) attend_exactly(first, end, static_cast<index_t>(g), 1);
+          });
+  }
+  /// Calls f(first block, end) for runs of neighbouring blocks of a sequence that belongs(number) takes.
+  template <class Belongs, class F>
+  void for_each_run(std::size_t heads, const Belongs& belongs, const F& f) {
+    for (std::size_t i = 0; i < blocks_.size();) {
+      const block& first = blocks_[i];
+      index_t end = first.begin;
+      for (; i < blocks_.size() && blocks_[i].b == first.b && belongs(i); i += heads) end = blocks_[i].end;
+      if (end > first.begin) {
+        f(first, end);
+      } else {
+        i += heads;
+      }
+    }
+  }
+  /// Queries from those of `first` to `end`, of KV heads [g, g + kv_heads).
+  void attend_exactly(const block& first, index_t end, index_t g, index_t kv_heads) const {
+    const index_t head = first_head(g), heads = head_end(g + kv_heads - 1) - head;
+    attention(queries(first.b, first.begin, end, head, heads),
+              part_of_source<KV>(kv_, first.b, g, kv_heads, first.keys),
+              outputs(first.b, first.begin, end, head, heads), options_of(first.b, first.begin, head, heads), ctx_);
+  }
+
+  // Grouped attention.
+
+  void run_grouped() {
+    std::vector<block*> work;
+    for (block& k : blocks_) {
+      if (!k.exact) work.push_back(&k);
+    }
+    // By (sequence, KV head), the blocks that see most keys first.
+    std::sort(work.begin(), work.end(), [](const block* x, const block* y) {
+      return x->b != y->b ? x->b < y->b : x->g != y->g ? x->g < y->g : x->begin > y->begin;
+    });
+    workers_.resize(static_cast<std::size_t>(ctx_.concurrency()));
+    for (std::size_t first = 0; first < work.size();) first = run_wave(work, first);
+  }
+
+  /// Blocks from `first` on, as many KV heads as fit packed_bytes; returns where it stopped.
+  std::size_t run_wave(const std::vector<block*>& work, std::size_t first) {
+    std::vector<std::size_t> heads;  // the first block of each
+    double bytes = 0;
+    index_t most_keys = 0;
+    std::size_t end = first;
+    for (; end < work.size(); ++end) {
+      const block& k = *work[end];
+      if (end > first && k.b == work[end - 1]->b && k.g == work[end - 1]->g) continue;
+      bytes += static_cast<double>(k.keys * (problem_.head_dim + far_value_dim()) * index_t{sizeof(P)});
+      if (bytes > packed_bytes && !heads.empty()) break;
+      heads.push_back(end);
+      most_keys = std::max(most_keys, k.keys);
+    }
+    kv_cache<P> far(static_cast<index_t>(heads.size()), 1, most_keys, problem_.head_dim, far_value_dim());
+    ctx_.for_each(static_cast<index_t>(heads.size()), [&](index_t n, index_t) {
+      const block& k = *work[heads[static_cast<std::size_t>(n)]];
+      pack_head(part_of_source<KV>(kv_, k.b, k.g, 1, k.keys), needs_means(), n, far);
+    });
+    context* const contexts = ctx_.detail_workers();
+    ctx_.for_each(static_cast<index_t>(end - first), [&](index_t task, index_t worker) {
+      const std::size_t at = first + static_cast<std::size_t>(task);
+      const auto head = std::upper_bound(heads.begin(), heads.end(), at) - heads.begin() - 1;
+      block& k = *work[at];
+      k.exact = !attend_block(k, part_of_source<kv_cache<P>>(far, head, 0, 1, k.keys),
+                              workers_[static_cast<std::size_t>(worker)], contexts[worker]);
+    });
+    return end;
+  }
+
+  /// One block: the five steps; false, and nothing written, if its groups do not pay. `far`: its head's keys, packed.
+  template <class Far>
+  bool attend_block(const block& k, const Far& far, worker_state& own, context& ctx) {
+    context& calls = ctx.detail_workers()[0];
+    const index_t n = rows_of(k), stride = round_up(problem_.head_dim, 16), value_dim = problem_.value_dim;
+    const index_t before = options_.strict_causal ? std::min(k.begin, options_.block) * group_size(k.g) : 0;
+    const auto part = [](index_t count) { return round_up(count, 64); };
+    const index_t elements =
+        part(n * stride) + part(before * stride) + 2 * (part(n * value_dim) + part(n)) + part(value_dim);
+    A* at = reinterpret_cast<A*>(ctx.detail_scratch(static_cast<std::size_t>(elements) * sizeof(A)));
+    if (at == nullptr) return false;
+    const auto take = [&at, &part](index_t count) { return std::exchange(at, at + part(count)); };
+    A* const rows = take(n * stride);
+    A* const rows_before = take(before * stride);
+    const block_states states{take(n * value_dim), take(n), take(n * value_dim), take(n), take(value_dim)};
+
+    // 1. Define query groups.
+    const point_rows<A> x = pool(k, k.begin, k.end, rows);
+    const double radius = largest_radius(k, far);
+    const bool finds = find_groups(k, x, rows_before, radius, own, calls);
+    const double shared_radius = options_.strict_causal ? std::numeric_limits<double>::max() : radius;
+    const attention_options& scores = options_.attention;
+    const typename group_attender<A>::shape dims{problem_.head_dim, value_dim, far_value_dim(), k.keys};
+    std::byte* const memory = calls.detail_workers()[0].detail_scratch(
+        group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, shared_radius));
+    if (memory == nullptr) return false;
+    group_attender<A> attender(x, own.groups, dims, options_.groupwise, shared_radius, memory);
+    // Of a strict call's blocks nothing is decided by all of their rows.
+    const auto found = attender.counts();
+    if (!options_.strict_causal && (!finds || !pays(k, found.groups, found.alone))) return false;
+
+    // 2. Group-wise attention to the far keys.
+    if (!own.top)
+      own.top.emplace(1, 1, std::max<index_t>(options_.groupwise.top_keys, 1), problem_.head_dim, value_dim);
+    const part_of_source<Far> far_part(far, 0, 0, 1, seen_keys(k));
+    const auto attend_far = [&](const auto& single_keys) {
+      attender.run(far_part, single_keys, key_interval(k.near, false), scores, *own.top, states.far, states.far_lse,
+                   calls);
+    };
+    if constexpr (has_rows_in_memory<part_of_source<KV>>) {
+      attend_far(part_of_source<KV>(kv_, k.b, k.g, 1, k.keys));
+    } else {
+      attend_far(far_part);
+    }
+    // 3. Local attention to the near ones.
+    attend_near(k, states, calls);
+    // 4. and 5. Combine the scores, apply.
+    write(k, states);
+    if (report_ != nullptr) describe(k, own.groups, attender.counts(), shared_radius, far);
+    return true;
+  }
+
+  /// Results of a block's rows over the near and the far keys, and one row of scratch.
+  struct block_states {
+    A *near, *near_lse, *far, *far_lse, *row;
+  };
+
+  [[nodiscard]] point_rows<A> pool(const block& k, index_t begin, index_t end, A* to) const noexcept {
+    return pool_queries<A>(q_, k.b, {begin, end}, {first_head(k.g), head_end(k.g)}, to);
+  }
+
+  /// Sets own.groups; false if there were more groups than may be.
+  [[nodiscard]] bool find_groups(const block& k, const point_rows<A>& x, A* rows_before, double radius,
+                                 worker_state& own, context& calls) const {
+    if (options_.groupwise.form == groupwise_form::dense) return leave_alone(x, own.groups);
+    if (options_.strict_causal) return assign(k, x, rows_before, radius, own, calls);
+    return group(k, x, radius, own.groups, calls);
+  }
+  [[nodiscard]] grouping_options grouping_of(const block& k, double radius) const noexcept {
+    grouping_options o = options_.grouping;
+    o.groups = wanted_groups(k);
+    if (options_.tolerance) o.method = grouping_method::cover;
+    if (options_.tolerance) o.radius = radius;
+    return o;
+  }
+  /// Groups rows; false if there were more groups than may be. For a cover a sample of the rows tells at little cost
+  /// whether they group at all.
+  [[nodiscard]] bool group(const block& k, const point_rows<A>& x, double radius, query_groups<A>& groups,
+                           context& calls) const {
+    const grouping_options o = grouping_of(k, radius);
+    const bool is_cover = o.method == grouping_method::cover;
+    if (is_cover && !options_.always_group && x.count > sampled_rows) {
+      const point_rows<A> sample{x.at, sampled_rows, x.dim, x.count / sampled_rows * x.stride};
+      if (!group_rows_of(sample, o, groups, calls) || groups.size() > sampled_rows / 2) return false;
+    }
+    if (!group_rows_of(x, o, groups, calls)) return false;
+    return !is_cover || std::all_of(groups.radii.begin(), groups.radii.end(), [&o](A r) {
+      return static_cast<double>(r) <= o.radius || r == std::numeric_limits<A>::infinity();
+    });
+  }
+  [[nodiscard]] static bool group_rows_of(const point_rows<A>& x, const grouping_options& o, query_groups<A>& groups,
+                                          context& calls) {
+    std::byte* const memory = calls.detail_scratch(row_grouper<A>::bytes(x.count, x.dim, o, 0, calls));
+    if (memory == nullptr) return false;
+    row_grouper<A> grouper(x, o, 0, calls, memory);
+    grouper.by_content();
+    grouper.write(groups);
+    return true;
+  }
+  /// Sends rows to the representatives of the block before; those too far from all attend for themselves.
+  [[nodiscard]] bool assign(const block& k, const point_rows<A>& x, A* rows_before, double radius, worker_state& own,
+                            context& calls) const {
+    const index_t begin = std::max<index_t>(k.begin - options_.block, 0);
+    static_cast<void>(group(k, pool(k, begin, k.begin, rows_before), radius, own.before, calls));
+    // Those of rows that are not finite cannot be compared with.
+    index_t count = own.before.size();
+    while (count > 0 && own.before.radius(count - 1) == std::numeric_limits<A>::infinity()) --count;
+    if (count == 0) return leave_alone(x, own.groups);
+    grouping_options o;
+    o.groups = count;
+    o.radius = options_.tolerance ? radius : std::numeric_limits<double>::infinity();
+    std::byte* const memory = calls.detail_scratch(row_grouper<A>::bytes(x.count, x.dim, o, count, calls));
+    if (memory == nullptr) return false;
+    row_grouper<A> grouper(x, o, count, calls, memory);
+    grouper.by_representatives(
+        std::span<const A>(own.before.representatives).first(static_cast<std::size_t>(count * x.dim)));
+    grouper.write(own.groups);
+    return true;
+  }
+  [[nodiscard]] static bool leave_alone(const point_rows<A>& x, query_groups<A>& groups) {
+    groups.dim = x.dim;
+    groups.order.resize(static_cast<std::size_t>(x.count));
+    for (std::size_t i = 0; i < groups.order.size(); ++i) groups.order[i] = static_cast<index_t>(i);
+    groups.offsets = {0, x.count};
+    groups.representatives.assign(x.row(0), x.row(0) + x.dim);
+    groups.radii = {std::numeric_limits<A>::infinity()};
+    return true;
+  }
+
+  /// The radius of a group whose members' weights are off by at most the tolerance.
+  template <class Far>
+  [[nodiscard]] double largest_radius(const block& k, const Far& far) const {
+    if (!options_.tolerance) return std::numeric_limits<double>::max();
+    const double reach = std::abs(scale()) * spread_of(far, key_interval(k.near, false), seen_keys(k));
+    const double delta = 2 * std::atanh(std::min(*options_.tolerance / 2, 1 - 0x1p-53));
+    return reach == 0 ? std::numeric_limits<double>::max() : delta / reach;
+  }
+  void attend_near(const block& k, const block_states& states, context& calls) const {
+    const index_t head = first_head(k.g), heads = group_size(k.g), queries_of = k.end - k.begin;
+    attention_options o = options_of(k.b, k.begin, head, heads);
+    o.sinks = {};
+    const partial_state<A> state{tensor_view<A, 4>(states.near, {1, queries_of, heads, problem_.value_dim}),
+                                 tensor_view<A, 3>(states.near_lse, {1, queries_of, heads})};
+    attention(queries(k.b, k.begin, k.end, head, heads), part_of_source<KV>(kv_, k.b, k.g, 1, k.keys), state, o,
+              key_interval(k.near, true), calls);
+  }
+
+  /// Merges near and far keys and the sinks, which have values of 0, and writes the rows.
+  void write(const block& k, const block_states& states) const noexcept {
+    const auto rows = [&] {
+      if constexpr (output_state<Out>) {
+        return output_rows<A>::of(out_.out, out_.lse);
+      } else {
+        return output_rows<A>::of(out_);
+      }
+    }();
+    constexpr A empty = -std::numeric_limits<A>::infinity();
+    const auto& sinks = options_.attention.sinks;
+    const index_t head = first_head(k.g), heads = group_size(k.g), dim = problem_.value_dim;
+    for (index_t i = 0; i < rows_of(k); ++i) {
+      const index_t s = k.begin + i / heads, h = head + i % heads;
+      const A sink = sinks.empty() ? empty : static_cast<A>(sinks[static_cast<std::size_t>(h)]);
+      const A lse = merge_finished<A>(
+          {{states.near + i * dim, states.near_lse[i]}, {states.far + i * dim, states.far_lse[i]}, {nullptr, sink}},
+          dim, states.row);
+      rows.store(k.b, s, h, dim, states.row, A{1}, lse == empty ? A{0} : A{1});
+      if (rows.lse != nullptr) rows.store_log_sum_exp(k.b, s, h, lse);
+    }
+  }
+
+  [[nodiscard]] block_report empty_report(const block& k) const {
+    block_report r;
+    r.batch = k.b, r.kv_head = k.g, r.query_begin = k.begin, r.query_end = k.end;
+    return r;
+  }
+  template <class Far>
+  void describe(const block& k, const query_groups<A>& groups, const groupwise_counts& counts, double shared_radius,
+                const Far& far) {
+    block_report& r = report_->blocks[k.number];
+    r.exact = false;
+    r.groups = counts.groups, r.alone = counts.alone;
+    r.retained_mass = counts.retained_mass;
+    r.products = counts.products;
+    r.exact_products = static_cast<double>(rows_of(k)) * static_cast<double>(far_keys(k)) * dims();
+    for (index_t j = 0; j < groups.size(); ++j) {
+      const auto radius = static_cast<double>(groups.radius(j));
+      if (groups.members(j).size() > 1 && radius <= shared_radius)
+        r.largest_radius = std::max(r.largest_radius, radius);
+    }
+    r.error_bound = 2 * std::tanh(std::abs(scale()) * r.largest_radius *
+                                  spread_of(far, key_interval(k.near, false), seen_keys(k)) / 2);
+  }
+
+  const tensor_view<const Q, 4>& q_;
+  const KV& kv_;
+  const Out& out_;
+  const grouped_options& options_;
+  grouped_report* report_;
+  context& ctx_;
+  call_shape problem_;
+  std::vector<block> blocks_;  // by sequence, position, KV head
+  std::vector<worker_state> workers_;
+};
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// grouped_attention(): the five steps in one call. Queries of a block are grouped by what they say, groups attend to
+/// the far keys, every query exactly to the near ones, and the scores are combined.
+///
+/// An approximation, with a bound or a measure for each of its errors (grouped_options.hpp, docs). Where groups do not
+/// pay, by a model of their cost, it is attention() itself, to the bit.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include <gqa/attention.hpp>
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/grouped_runner.hpp>
+#include <gqa/error.hpp>
+#include <gqa/grouped_options.hpp>
+#include <gqa/groupwise_attention.hpp>
+#include <gqa/kv_source.hpp>
+#include <gqa/query_clustering.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa {
+namespace detail {
+
+[[nodiscard]] inline fault find_grouped_fault(const grouped_options& o) noexcept {
+  if (const auto f = find_groupwise_fault(o.attention, o.groupwise)) return f;
+  if (o.block < 1) return make_fault(errc::option, "options.block: expected 1 or more, got %lld", printable(o.block));
+  if (o.block > position_limit || o.window < 0 || o.window > position_limit)
+    return make_fault(errc::option, "options.block, window: expected lengths within 2^60, got %lld and %lld",
+                      printable(o.block), printable(o.window));
+  if (o.tolerance && !(*o.tolerance >= 0 && *o.tolerance <= 2))
+    return make_fault(errc::option, "options.tolerance: expected 0 to 2, got %g", *o.tolerance);
+  if (o.strict_causal && !o.attention.causal)
+    return make_fault(errc::option, "options.strict_causal: expected attention.causal beside it");
+  grouping_options grouping = o.grouping;
+  if (grouping.groups == 0) grouping.groups = 1;
+  return find_grouping_fault(grouping);
+}
+
+inline namespace GQA_ISA {
+
+template <class Q, class KV, class Out>
+void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out, const grouped_options& options,
+                    context& ctx, grouped_report* report) {
+  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
+  if (const auto f = find_call_fault(q, kv, out, options.attention)) return raise(f);
+  if (const auto f = find_grouped_fault(options)) return raise(f);
+  if (report != nullptr) report->blocks.clear();
+  if (output_view(out).size() == 0) return;
+  grouped_runner<Q, KV, Out>(q, kv, out, options, report, ctx).run();
+}
+
+}  // namespace GQA_ISA
+}  // namespace detail
+
+inline namespace GQA_ISA {
+
+/// Attention of q [B, S, H, D] over the keys and values of a source, by query groups.
+/// \param out     [B, S, H, E], or a partial_state
+/// \param report  what each block did, where it is wanted
+/// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, ALiBi, windows
+/// Cost: of a block of n rows in C groups over T far keys C T (2 D + E) multiply-adds, instead of n T (D + E), and near
+/// keys exactly; keys and values are copied once, 64 MiB of them at a time.
+template <tensor_like Q, kv_source KV, detail::attention_output Out>
+void grouped_attention(Q&& q, const KV& kv, Out&& out, const grouped_options& options, context& ctx,
+                       grouped_report* report = nullptr) {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  if constexpr (detail::output_state<Out>) {
+    detail::attend_grouped(queries, kv, out, options, ctx, report);
+  } else {
+    detail::attend_grouped(queries, kv, detail::as_view(std::forward<Out>(out)), options, ctx, report);
+  }
+}
+
+/// The same over plain keys k [B, T, G, D] and values v [B, T, G, E].
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+void grouped_attention(Q&& q, K&& k, V&& v, Out&& out, const grouped_options& options, context& ctx,
+                       grouped_report* report = nullptr) {
+  grouped_attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out),
+                    options, ctx, report);
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

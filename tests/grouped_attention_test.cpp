@@ -1,0 +1,547 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/grouped_oracle.hpp"
+#include "support/kernels.hpp"
+#include "support/matchers.hpp"
+#include "support/oracle.hpp"
+#include "support/rng.hpp"
+
+namespace gqa::test {
+namespace {
+
+constexpr groupwise_form forms[] = {groupwise_form::dense, groupwise_form::clustered, groupwise_form::improved,
+                                    groupwise_form::improved_lse};
+
+enum class data_kind { random, planted, needle, sink, key_offset };
+constexpr data_kind kinds[] = {data_kind::random, data_kind::planted, data_kind::needle, data_kind::sink,
+                               data_kind::key_offset};
+
+// q [B, S, H, D], k [B, T, G, D], v [B, T, G, E], dense.
+template <class X>
+struct grouped_case {
+  index_t b, s, t, h, g, d, e;
+  std::vector<X> q, k, v;
+
+  tensor_view<const X, 4> queries() const { return {q.data(), {b, s, h, d}}; }
+  tensor_view<const X, 4> keys() const { return {k.data(), {b, t, g, d}}; }
+  tensor_view<const X, 4> values() const { return {v.data(), {b, t, g, e}}; }
+  index_t rows() const { return s * (h / g); }
+  row query(index_t at_b, index_t at_g, index_t i) const {  // pooled row i
+    const X* const from = &queries()(at_b, i / (h / g), at_g * (h / g) + i % (h / g), 0);
+    return {from, from + d};
+  }
+  std::vector<row> keys_of(index_t at_b, index_t at_g, index_t count) const {
+    std::vector<row> all;
+    for (index_t i = 0; i < count; ++i) all.emplace_back(&keys()(at_b, i, at_g, 0), &keys()(at_b, i, at_g, 0) + d);
+    return all;
+  }
+};
+
+template <class X>
+grouped_case<X> make_case(std::array<index_t, 7> shape, data_kind kind, std::uint64_t seed, double spread = 0.1) {
+  const auto [b, s, t, h, g, d, e] = shape;
+  grouped_case<X> c{b, s, t, h, g, d, e, {}, {}, {}};
+  rng random(seed);
+  const index_t clusters = 6;
+  std::vector<double> centres(static_cast<std::size_t>(clusters * d)), offset(static_cast<std::size_t>(d));
+  for (double& x : centres) x = random.normal();
+  for (double& x : offset) x = 3 * random.normal();
+  for (index_t i = 0; i < b * s * h; ++i) {
+    const index_t centre = random.between(0, clusters - 1);
+    for (index_t j = 0; j < d; ++j) {
+      const double x = random.normal();
+      const double about = centres[static_cast<std::size_t>(centre * d + j)] + spread * x;
+      c.q.push_back(static_cast<X>(kind == data_kind::random ? x : about));
+    }
+  }
+  for (index_t i = 0; i < b * t * g; ++i) {
+    const index_t token = i / g % t;
+    for (index_t j = 0; j < d; ++j) {
+      double x = random.normal();
+      if (kind == data_kind::needle && token == t / 3) x = 4 * centres[static_cast<std::size_t>(j)];
+      if (kind == data_kind::sink && token == 0) x = 2 * centres[static_cast<std::size_t>(d + j)];
+      if (kind == data_kind::key_offset) x += offset[static_cast<std::size_t>(j)];
+      c.k.push_back(static_cast<X>(x));
+    }
+  }
+  for (index_t i = 0; i < b * t * g * e; ++i) c.v.push_back(static_cast<X>(random.normal()));
+  return c;
+}
+
+template <class A>
+struct result {
+  std::vector<A> out, lse;
+  partial_state<A> state(index_t b, index_t s, index_t h, index_t e) {
+    out.assign(static_cast<std::size_t>(b * s * h * e), std::numeric_limits<A>::quiet_NaN());
+    lse.assign(static_cast<std::size_t>(b * s * h), std::numeric_limits<A>::quiet_NaN());
+    return {tensor_view<A, 4>(out.data(), {b, s, h, e}), tensor_view<A, 3>(lse.data(), {b, s, h})};
+  }
+  friend bool operator==(const result& x, const result& y) {
+    return std::memcmp(x.out.data(), y.out.data(), x.out.size() * sizeof(A)) == 0 &&
+           std::memcmp(x.lse.data(), y.lse.data(), x.lse.size() * sizeof(A)) == 0;
+  }
+};
+
+template <class X>
+std::vector<query_groups<accumulator_t<X>>> groups_of(const grouped_case<X>& c, const grouping_options& options) {
+  using A = accumulator_t<X>;
+  std::vector<query_groups<A>> all;
+  context ctx;
+  for (index_t b = 0; b < c.b; ++b) {
+    for (index_t g = 0; g < c.g; ++g) {
+      std::vector<A> rows;
+      for (index_t i = 0; i < c.rows(); ++i)
+        for (const double x : c.query(b, g, i)) rows.push_back(static_cast<A>(x));
+      all.emplace_back();
+      group_queries(tensor_view<const A, 2>(rows.data(), {c.rows(), c.d}), options, all.back(), ctx);
+    }
+  }
+  return all;
+}
+
+// groupwise_attention() gives every row the weights of its definition.
+template <class X>
+void expect_definition(const grouped_case<X>& c, groupwise_form form, index_t top_keys, index_t length) {
+  using A = accumulator_t<X>;
+  grouping_options grouping;
+  grouping.groups = 7;
+  const auto groups = groups_of(c, grouping);
+  const std::vector<index_t> lengths(static_cast<std::size_t>(c.b), length);
+  attention_options scores;
+  scores.kv_lengths = lengths;
+  result<A> actual;
+  context ctx;
+  groupwise_attention(c.queries(), c.keys(), c.values(), std::span<const query_groups<A>>(groups),
+                      actual.state(c.b, c.s, c.h, c.e), scores, {form, top_keys}, ctx);
+  comparison compared;
+  for (index_t b = 0; b < c.b; ++b) {
+    for (index_t g = 0; g < c.g; ++g) {
+      const naive_groupwise naive{c.keys_of(b, g, length), 1 / std::sqrt(static_cast<double>(c.d))};
+      const auto& set = groups[static_cast<std::size_t>(b * c.g + g)];
+      for (index_t j = 0; j < set.size(); ++j) {
+        const row representative(set.representative(j).begin(), set.representative(j).end());
+        for (const index_t i : set.members(j)) {
+          const row q = c.query(b, g, i);
+          const weights w = set.members(j).size() == 1
+                                ? naive.exact(q)
+                                : naive.shared(q, representative, form, static_cast<std::size_t>(top_keys));
+          // Scores and their sums, those of the representative and those of the shift: a few bounds of one pass.
+          double most = 1;
+          for (const double x : naive.scores(q)) most = std::max(most, std::abs(x));
+          const index_t at = (b * c.s + i / (c.h / c.g)) * c.h + g * (c.h / c.g) + i % (c.h / c.g);
+          compared.add(static_cast<double>(actual.lse[static_cast<std::size_t>(at)]), w.lse, 4 * lse_bound<A>(most),
+                       "lse");
+          for (index_t e = 0; e < c.e; ++e) {
+            double out = 0;
+            for (index_t t = 0; t < length; ++t)
+              out += w.of[static_cast<std::size_t>(t)] * static_cast<double>(c.values()(b, t, g, e));
+            compared.add(static_cast<double>(actual.out[static_cast<std::size_t>(at * c.e + e)]), out,
+                         4 * output_bound<A>(most, 5), "out");
+          }
+        }
+      }
+    }
+  }
+  EXPECT_TRUE(compared.result()) << "form " << static_cast<int>(form) << ", top " << top_keys << ", keys " << length;
+}
+
+TEST(GroupwiseAttention, GivesTheWeightsOfItsDefinition) {
+  for (const groupwise_form form : forms) {
+    for (const index_t top_keys : {0, 1, 5, 64, 100, 1000}) {
+      expect_definition(make_case<float>({2, 20, 150, 6, 2, 16, 24}, data_kind::planted, 1, 0.4), form, top_keys, 150);
+    }
+    expect_definition(make_case<float>({1, 9, 64, 4, 4, 40, 8}, data_kind::random, 2), form, 8, 64);
+    expect_definition(make_case<double>({1, 33, 200, 4, 1, 24, 16}, data_kind::key_offset, 3, 0.4), form, 16, 190);
+    expect_definition(make_case<Eigen::bfloat16>({1, 16, 100, 4, 2, 32, 16}, data_kind::sink, 4), form, 16, 100);
+  }
+}
+
+TEST(GroupwiseAttention, OverACacheIsThatOverTensors) {
+  const auto c = make_case<float>({2, 20, 150, 6, 2, 16, 24}, data_kind::planted, 1, 0.4);
+  grouping_options grouping;
+  grouping.groups = 7;
+  const auto groups = groups_of(c, grouping);
+  kv_cache<float> cache(2, 2, 150, 16, 24);
+  cache.append(c.keys(), c.values());
+  for (const groupwise_form form : forms) {
+    result<float> tensors, cached;
+    context ctx;
+    const std::span<const query_groups<float>> sets(groups);
+    groupwise_attention(c.queries(), c.keys(), c.values(), sets, tensors.state(2, 20, 6, 24), {}, {form, 20}, ctx);
+    groupwise_attention(c.queries(), cache, sets, cached.state(2, 20, 6, 24), {}, {form, 20}, ctx);
+    EXPECT_TRUE(tensors == cached) << static_cast<int>(form);
+  }
+}
+
+// What the definitions promise, on thousands of rows: all in double, on the oracle's weights and the library's groups.
+TEST(GroupwiseAttention, KeepsTheInequalitiesOfItsDefinition) {
+  rng random(99);
+  double paper_error = 0, lse_error = 0;  // on data whose keys have an offset
+  for (int round = 0; round < 250; ++round) {
+    const data_kind kind = kinds[round % 5];
+    const index_t keys = random.between(2, 60);
+    const auto c = make_case<double>({1, 10, keys, 3, 1, 6, 4}, kind, random.bits(), random.uniform());
+    grouping_options grouping;
+    grouping.groups = random.between(1, 12), grouping.seed = random.bits();
+    grouping.method = random.chance(0.5) ? grouping_method::kmeans : grouping_method::cover;
+    const auto set = groups_of(c, grouping)[0];
+    const naive_groupwise naive{c.keys_of(0, 0, keys), random.chance(0.2) ? -0.3 : 0.4};
+    row mean(6);
+    for (const row& k : naive.keys)
+      for (std::size_t d = 0; d < 6; ++d) mean[d] += k[d] / static_cast<double>(keys);
+    double spread = 0;
+    for (const row& k : naive.keys) {
+      double sum = 0;
+      for (std::size_t d = 0; d < 6; ++d) sum += (k[d] - mean[d]) * (k[d] - mean[d]);
+      spread = std::max(spread, std::sqrt(sum));
+    }
+    for (index_t j = 0; j < set.size(); ++j) {
+      const row centre(set.representative(j).begin(), set.representative(j).end());
+      const double bound = 2 * std::tanh(std::abs(naive.scale) * set.radius(j) * spread / 2);
+      for (const index_t i : set.members(j)) {
+        const row q = c.query(0, 0, i);
+        const weights exact = naive.exact(q);
+        const double clustered = l1(naive.shared(q, centre, groupwise_form::clustered, 0).of, exact.of);
+        ASSERT_LE(clustered, bound + 1e-12);
+        for (const std::size_t k : {1u, 4u, 16u}) {
+          const double improved = l1(naive.shared(q, centre, groupwise_form::improved, k).of, exact.of);
+          ASSERT_LE(improved, clustered + 1e-12);
+          const weights by_lse = naive.shared(q, centre, groupwise_form::improved_lse, k);
+          const double with_lse = l1(by_lse.of, exact.of);
+          ASSERT_LE(with_lse, bound + 1e-12);
+          const std::vector<bool> is_top = naive.top(centre, k);
+          const double true_rest = log_sum_exp(naive_groupwise::where(naive.scores(q), is_top, false));
+          ASSERT_LE(naive.corrected_rest(q, centre, is_top), true_rest + 1e-12);
+          for (index_t e = 0; e < c.e; ++e) {
+            double off = 0, least = 1e300, most = -1e300;
+            for (index_t t = 0; t < keys; ++t) {
+              const double v = c.values()(0, t, 0, e);
+              off += (by_lse.of[static_cast<std::size_t>(t)] - exact.of[static_cast<std::size_t>(t)]) * v;
+              least = std::min(least, v), most = std::max(most, v);
+            }
+            ASSERT_LE(std::abs(off), with_lse / 2 * (most - least) + 1e-12);
+          }
+          if (kind == data_kind::key_offset) paper_error += improved, lse_error += with_lse;
+        }
+      }
+    }
+  }
+  EXPECT_LT(lse_error, paper_error);
+}
+
+// Adding one vector to all keys changes no weight of improved_lse, near keys or not.
+TEST(GroupedAttention, OfLogSumExpsDoesNotSeeAnOffsetOfAllKeys) {
+  const auto c = make_case<double>({1, 300, 300, 4, 2, 8, 8}, data_kind::planted, 5, 0.3);
+  auto moved = c;
+  for (std::size_t i = 0; i < moved.k.size(); ++i) moved.k[i] += 1.5 * static_cast<double>(i % 8) - 4;
+  grouped_options o;
+  o.attention.causal = true, o.block = 64, o.window = 32, o.always_group = true, o.groupwise.top_keys = 8;
+  std::vector<double> out(c.q.size()), of_moved(c.q.size());
+  context ctx;
+  grouped_attention(c.queries(), c.keys(), c.values(), view(out.data(), {1, 300, 4, 8}), o, ctx);
+  grouped_attention(moved.queries(), moved.keys(), moved.values(), view(of_moved.data(), {1, 300, 4, 8}), o, ctx);
+  for (std::size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], of_moved[i], 1e-11);
+}
+
+template <class X>
+grouped_options small_blocks(groupwise_form form, bool causal) {
+  grouped_options o;
+  o.attention.causal = causal;
+  o.block = 40, o.window = 25, o.always_group = true;
+  o.groupwise = {form, 16};
+  return o;
+}
+template <class X>
+result<accumulator_t<X>> run_grouped(const grouped_case<X>& c, const grouped_options& o,
+                                     grouped_report* report = nullptr) {
+  result<accumulator_t<X>> r;
+  context ctx;
+  grouped_attention(c.queries(), c.keys(), c.values(), r.state(c.b, c.s, c.h, c.e), o, ctx, report);
+  return r;
+}
+template <class X>
+void expect_exact(const grouped_case<X>& c, const grouped_options& o, const std::string& what) {
+  using A = accumulator_t<X>;
+  const auto expected = run_oracle_on(c.queries(), c.keys(), c.values(), o.attention);
+  const auto actual = run_grouped(c, o);
+  comparison compared;
+  for (std::size_t i = 0; i < actual.out.size(); ++i)
+    compared.add(static_cast<double>(actual.out[i]), expected.out[i],
+                 4 * output_bound<A>(expected.max_score, expected.max_value), "out");
+  for (std::size_t i = 0; i < actual.lse.size(); ++i)
+    compared.add(static_cast<double>(actual.lse[i]), expected.lse[i], 4 * lse_bound<A>(expected.max_score), "lse");
+  EXPECT_TRUE(compared.result()) << what;
+}
+
+// Where grouping changes nothing the result is the exact one, within rounding.
+TEST(GroupedAttention, IsExactWhereEveryRowIsAGroup) {
+  for (const bool causal : {true, false}) {
+    for (const groupwise_form form : forms) {
+      auto o = small_blocks<float>(form, causal);
+      o.grouping.groups = 1000;
+      expect_exact(make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::random, 1), o, "float");
+      expect_exact(make_case<double>({1, 130, 170, 3, 1, 16, 8}, data_kind::key_offset, 1), o, "double");
+    }
+  }
+}
+TEST(GroupedAttention, IsExactWhereTheToleranceIsZero) {
+  for (const bool strict : {false, true}) {
+    auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+    o.tolerance = 0, o.strict_causal = strict;
+    expect_exact(make_case<float>({1, 130, 170, 6, 2, 16, 24}, data_kind::planted, 2), o, strict ? "strict" : "");
+  }
+}
+TEST(GroupedAttention, IsExactWhereAllKeysAreTopKeys) {
+  for (const bool causal : {true, false}) {
+    auto o = small_blocks<float>(groupwise_form::improved_lse, causal);
+    o.grouping.groups = 3, o.groupwise.top_keys = 1000;
+    expect_exact(make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 3), o, "lse");
+  }
+}
+TEST(GroupedAttention, IsTheExactKernelToTheBitWhereTheWindowIsWide) {
+  for (const bool causal : {true, false}) {
+    const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 3);
+    auto o = small_blocks<float>(groupwise_form::clustered, causal);
+    o.window = 170;
+    result<float> exact;
+    context ctx;
+    attention(c.queries(), c.keys(), c.values(), exact.state(2, 130, 6, 24), o.attention, ctx);
+    EXPECT_TRUE(run_grouped(c, o) == exact);
+  }
+}
+TEST(GroupedAttention, IsTheExactKernelToTheBitWhereGroupsDoNotPay) {
+  const auto c = make_case<float>({1, 400, 400, 4, 2, 16, 16}, data_kind::random, 3);
+  grouped_options o;
+  o.attention.causal = true, o.block = 64, o.window = 0, o.grouping.groups = 100;
+  grouped_report report;
+  result<float> exact;
+  context ctx;
+  attention(c.queries(), c.keys(), c.values(), exact.state(1, 400, 4, 16), o.attention, ctx);
+  EXPECT_TRUE(run_grouped(c, o, &report) == exact);
+  ASSERT_EQ(report.blocks.size(), 14u);
+  for (const block_report& b : report.blocks) EXPECT_TRUE(b.exact);
+}
+
+TEST(GroupedAttention, TakesOptionsOfAttention) {
+  const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 6);
+  const std::vector<index_t> lengths{150, 170}, offsets{3, 40}, heads{0, 5, 6};
+  const std::vector<float> sinks{0.5f, -1, 2, 0, -std::numeric_limits<float>::infinity(), 1};
+  const auto with = [&](const char* what, const auto& change) {
+    auto o = small_blocks<float>(groupwise_form::improved, true);
+    o.grouping.groups = 1000;
+    change(o.attention);
+    expect_exact(c, o, what);
+  };
+  with("lengths", [&](auto& a) { a.kv_lengths = lengths; });
+  with("offsets", [&](auto& a) { a.query_offsets = offsets; });
+  with("offset", [&](auto& a) { a.query_offset = -30; });
+  with("beyond", [&](auto& a) { a.query_offset = 200; });
+  with("sinks", [&](auto& a) { a.sinks = sinks; });
+  with("softcap", [&](auto& a) { a.softcap = 2; });
+  with("scale", [&](auto& a) { a.scale = -0.4; });
+  with("unequal groups", [&](auto& a) { a.group_offsets = heads; });
+}
+
+TEST(GroupedAttention, KeepsItsTolerance) {
+  rng random(8);
+  double worst = 0;
+  for (int round = 0; round < 20; ++round) {
+    const auto c = make_case<double>({1, 160, 160, 2, 1, 8, 1}, kinds[round % 5], random.bits(), 0.05);
+    for (const double tolerance : {0.05, 0.3, 1.0}) {
+      auto o = small_blocks<double>(groupwise_form::improved_lse, true);
+      o.tolerance = tolerance, o.groupwise.top_keys = 4, o.strict_causal = round % 2 == 1;
+      // With values that are 1 for some keys and -1 for the others an output is off by the L1 error at most, and by all
+      // of it for the right choice; random choices see a part.
+      auto signs = c;
+      for (double& v : signs.v) v = random.chance(0.5) ? 1 : -1;
+      const auto expected = run_oracle_on(signs.queries(), signs.keys(), signs.values(), o.attention);
+      const auto actual = run_grouped(signs, o);
+      for (std::size_t i = 0; i < actual.out.size(); ++i) {
+        ASSERT_LE(std::abs(actual.out[i] - expected.out[i]), tolerance + 1e-12);
+        worst = std::max(worst, std::abs(actual.out[i] - expected.out[i]) / tolerance);
+      }
+    }
+  }
+  EXPECT_GT(worst, 0.02);  // something was grouped
+}
+
+// A changed token changes no row of a block before its own, and with strict_causal no row before it.
+TEST(GroupedAttention, DoesNotLookAhead) {
+  for (const bool strict : {false, true}) {
+    for (const groupwise_form form : forms) {
+      for (const bool has_tolerance : {false, true}) {
+        auto o = small_blocks<float>(form, true);
+        o.strict_causal = strict, o.grouping.groups = 5;
+        if (has_tolerance) o.tolerance = 0.5;
+        auto c = make_case<float>({1, 170, 170, 4, 2, 16, 8}, data_kind::planted, 7);
+        const auto before = run_grouped(c, o);
+        const index_t changed = 130;
+        for (index_t i = changed; i < 170; ++i) {
+          for (index_t x = 0; x < 4 * 16; ++x) c.q[static_cast<std::size_t>(i * 64 + x)] *= -1.7f;
+          for (index_t x = 0; x < 2 * 16; ++x)
+            c.k[static_cast<std::size_t>(i * 32 + x)] = std::numeric_limits<float>::quiet_NaN();
+          for (index_t x = 0; x < 2 * 8; ++x)
+            c.v[static_cast<std::size_t>(i * 16 + x)] = std::numeric_limits<float>::quiet_NaN();
+        }
+        const auto after = run_grouped(c, o);
+        const auto rows = static_cast<std::size_t>(strict ? changed : changed / 40 * 40);
+        EXPECT_EQ(std::memcmp(before.out.data(), after.out.data(), rows * 4 * 8 * sizeof(float)), 0)
+            << "strict " << strict << ", form " << static_cast<int>(form);
+        for (index_t i = changed / 40 * 40 * 32; i < changed * 32; ++i)
+          ASSERT_TRUE(std::isfinite(after.out[static_cast<std::size_t>(i)]));
+      }
+    }
+  }
+}
+
+TEST(GroupedAttention, NaNStaysInItsRow) {
+  auto c = make_case<float>({1, 170, 170, 4, 2, 16, 8}, data_kind::planted, 7);
+  c.q[static_cast<std::size_t>((100 * 4 + 1) * 16)] = std::numeric_limits<float>::quiet_NaN();
+  for (const groupwise_form form : forms) {
+    auto o = small_blocks<float>(form, true);
+    o.grouping.groups = 5;
+    const auto actual = run_grouped(c, o);
+    for (index_t i = 0; i < 170 * 4; ++i)
+      ASSERT_EQ(std::isnan(actual.out[static_cast<std::size_t>(i * 8)]), i == 401) << static_cast<int>(form);
+  }
+}
+
+TEST(GroupedAttention, DoesNotDependOnThreads) {
+  const auto c = make_case<float>({2, 300, 300, 6, 3, 16, 16}, data_kind::planted, 9);
+  auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+  grouped_report serial_report, report;
+  const auto serial = run_grouped(c, o, &serial_report);
+  for (const int threads : {2, 3}) {
+    Eigen::ThreadPool pool(threads);
+    context ctx(pool);
+    result<float> parallel;
+    for (int round = 0; round < 2; ++round)
+      grouped_attention(c.queries(), c.keys(), c.values(), parallel.state(2, 300, 6, 16), o, ctx, &report);
+    EXPECT_TRUE(parallel == serial);
+    EXPECT_EQ(report.blocks, serial_report.blocks);
+  }
+}
+
+TEST(GroupedAttention, OverACacheIsThatOverTensors) {
+  const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 3);
+  kv_cache<float> cache(2, 2, 200, 16, 24);
+  cache.append(c.keys(), c.values());
+  for (const groupwise_form form : forms) {
+    auto o = small_blocks<float>(form, true);
+    result<float> cached;
+    context ctx;
+    grouped_attention(c.queries(), cache, cached.state(2, 130, 6, 24), o, ctx);
+    EXPECT_TRUE(run_grouped(c, o) == cached) << static_cast<int>(form);
+  }
+}
+
+TEST(GroupedAttention, ReportsWhatItDid) {
+  auto c = make_case<float>({1, 160, 160, 4, 2, 16, 8}, data_kind::planted, 7, 0.01);
+  auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+  o.grouping.groups = 6, o.groupwise.top_keys = 3;
+  grouped_report report;
+  run_grouped(c, o, &report);
+  ASSERT_EQ(report.blocks.size(), 8u);
+  for (std::size_t i = 0; i < 8; ++i) {
+    const block_report& b = report.blocks[i];
+    EXPECT_EQ(b.query_begin, static_cast<index_t>(i / 2) * 40);
+    EXPECT_EQ(b.kv_head, static_cast<index_t>(i % 2));
+    const index_t far = std::max<index_t>(b.query_begin - 25, 0);
+    EXPECT_EQ(b.exact, far == 0);
+    if (far == 0) continue;
+    EXPECT_EQ(b.groups + b.alone, 6);
+    EXPECT_GT(b.retained_mass, 0);
+    EXPECT_LT(b.retained_mass, 1);
+    EXPECT_GT(b.error_bound, 0);
+    EXPECT_LT(b.error_bound, 0.3);
+    EXPECT_EQ(b.exact_products, static_cast<double>(80 * far * (16 + 8)));
+    EXPECT_GE(b.products, static_cast<double>((b.groups + b.alone) * far * (16 + 8)));
+    if (b.query_begin == 120) {
+      EXPECT_LT(b.products, b.exact_products);
+    }
+  }
+}
+
+#ifndef GQA_NO_EXCEPTIONS
+TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
+  const auto c = make_case<float>({1, 20, 30, 2, 1, 8, 8}, data_kind::random, 1);
+  std::vector<float> out(20 * 2 * 8, 7.0f);
+  context ctx;
+  const auto with = [&](const auto& change) {
+    grouped_options o;
+    o.attention.causal = true, o.block = 8, o.always_group = true;
+    change(o);
+    try {
+      grouped_attention(c.queries(), c.keys(), c.values(), view(out.data(), {1, 20, 2, 8}), o, ctx);
+    } catch (const error& e) {
+      for (const float x : out) EXPECT_EQ(x, 7.0f);
+      return e.code();
+    }
+    return errc::ok;
+  };
+  const bool seen[20 * 30] = {};
+  const std::vector<float> bias(20 * 30), slopes(2);
+  EXPECT_EQ(with([&](auto& o) { o.attention.mask = tensor_view<const bool, 4>(seen, {1, 1, 20, 30}); }), errc::option);
+  EXPECT_EQ(with([&](auto& o) {
+              o.attention.bias = tensor_view<const float, 4>(bias.data(), {1, 1, 20, 30});
+            }),
+            errc::option);
+  EXPECT_EQ(with([&](auto& o) { o.attention.alibi_slopes = slopes; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.attention.window = {5, -1}; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.attention.softcap = 3; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.block = 0; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.window = -1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.tolerance = -0.1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.tolerance = 2.1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.groupwise.top_keys = -1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.strict_causal = true, o.attention.causal = false; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.grouping.groups = -1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.attention.scale = std::numeric_limits<double>::infinity(); }), errc::option);
+  EXPECT_EQ(with([](auto&) {}), errc::ok);
+}
+
+TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
+  const auto c = make_case<float>({1, 10, 30, 4, 2, 8, 8}, data_kind::random, 1);
+  grouping_options grouping;
+  grouping.groups = 3;
+  const auto good = groups_of(c, grouping);
+  context ctx;
+  const auto with = [&](const auto& change) {
+    auto sets = good;
+    attention_options scores;
+    change(sets, scores);
+    result<float> out;
+    try {
+      groupwise_attention(c.queries(), c.keys(), c.values(), std::span<const query_groups<float>>(sets),
+                          out.state(1, 10, 4, 8), scores, {}, ctx);
+    } catch (const error& e) {
+      EXPECT_TRUE(std::isnan(out.out[0]));
+      return e.code();
+    }
+    return errc::ok;
+  };
+  EXPECT_EQ(with([](auto&, auto&) {}), errc::ok);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets.pop_back(); }), errc::shape);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets.clear(); }), errc::shape);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[1].order.pop_back(); }), errc::shape);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[1].dim = 7; }), errc::shape);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[1].order[0] = sets[1].order[1]; }), errc::range);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[1].order[0] = 20; }), errc::range);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[0].offsets[1] = 21; }), errc::range);
+  EXPECT_EQ(with([](auto& sets, auto&) { sets[0].representatives.pop_back(); }), errc::range);
+  EXPECT_EQ(with([](auto&, auto& scores) { scores.causal = true; }), errc::option);
+}
+#endif
+
+}  // namespace
+}  // namespace gqa::test
