@@ -22,7 +22,7 @@ namespace {
 constexpr groupwise_form forms[] = {groupwise_form::dense, groupwise_form::clustered, groupwise_form::improved,
                                     groupwise_form::improved_lse};
 
-enum class data_kind { random, planted, needle, sink, key_offset };
+enum class data_kind { random, planted, needle, sink, key_offset, repeated };
 constexpr data_kind kinds[] = {data_kind::random, data_kind::planted, data_kind::needle, data_kind::sink,
                                data_kind::key_offset};
 
@@ -70,6 +70,8 @@ grouped_case<X> make_case(std::array<index_t, 7> shape, data_kind kind, std::uin
       double x = random.normal();
       if (kind == data_kind::needle && token == t / 3) x = 4 * centres[static_cast<std::size_t>(j)];
       if (kind == data_kind::sink && token == 0) x = 2 * centres[static_cast<std::size_t>(d + j)];
+      if (kind == data_kind::repeated && token >= 40)
+        x = static_cast<double>(c.k[c.k.size() - static_cast<std::size_t>(40 * g * d)]);
       if (kind == data_kind::key_offset) x += offset[static_cast<std::size_t>(j)];
       c.k.push_back(static_cast<X>(x));
     }
@@ -161,6 +163,8 @@ TEST(GroupwiseAttention, GivesTheWeightsOfItsDefinition) {
       expect_definition(make_case<float>({2, 20, 150, 6, 2, 16, 24}, data_kind::planted, 1, 0.4), form, top_keys, 150);
     }
     expect_definition(make_case<float>({1, 9, 64, 4, 4, 40, 8}, data_kind::random, 2), form, 8, 64);
+    for (const index_t top_keys : {1, 7, 30})  // equal keys: the first are taken
+      expect_definition(make_case<float>({1, 20, 200, 4, 2, 16, 8}, data_kind::repeated, 5), form, top_keys, 200);
     expect_definition(make_case<double>({1, 33, 200, 4, 1, 24, 16}, data_kind::key_offset, 3, 0.4), form, 16, 190);
     expect_definition(make_case<Eigen::bfloat16>({1, 16, 100, 4, 2, 32, 16}, data_kind::sink, 4), form, 16, 100);
   }
@@ -469,6 +473,19 @@ TEST(GroupedAttention, ReportsWhatItDid) {
     if (b.query_begin == 120) {
       EXPECT_LT(b.products, b.exact_products);
     }
+  }
+}
+
+TEST(GroupedAttention, GroupsByTheBlockBeforeWhereItIsStrict) {
+  const auto c = make_case<float>({1, 160, 160, 4, 2, 16, 8}, data_kind::planted, 7, 0.01);
+  auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+  o.strict_causal = true, o.grouping.groups = 6;
+  grouped_report report;
+  run_grouped(c, o, &report);
+  for (const block_report& b : report.blocks) {
+    EXPECT_EQ(b.exact, b.query_begin == 0);
+    EXPECT_EQ(b.groups, b.exact ? 0 : 6);
+    EXPECT_LT(b.largest_radius, 0.1);
   }
 }
 

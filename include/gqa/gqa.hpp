@@ -5,6 +5,7 @@
 
 // IWYU pragma: begin_exports
 #include <gqa/attention.hpp>            // attention(), check(): exact attention, any grouping, any option
+#include <gqa/combine.hpp>              // merge_disjoint(), exclude(), gated_sum(), mix()
 #include <gqa/config.hpp>               // index_t, accumulator_t, GQA_NO_EXCEPTIONS
 #include <gqa/context.hpp>              // context: who runs the tasks, and scratch memory
 #include <gqa/eigen_tensor.hpp>         // view() of Eigen::Tensor and TensorMap
@@ -26,4 +27,5 @@
 #include <gqa/tensor_view.hpp>       // tensor_view, view() and view_as() of raw memory
 #include <gqa/variants.hpp>          // attention_variant: your own scores and masks
 #include <gqa/version.hpp>           // GQA_VERSION_MAJOR, _MINOR, _PATCH
+#include <gqa/within_group_attention.hpp>  // within_group_attention(): each query on the keys of its own group
 // IWYU pragma: end_exports

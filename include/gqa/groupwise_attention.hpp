@@ -32,10 +32,15 @@
 namespace gqa {
 namespace detail {
 
-[[nodiscard]] inline fault find_groupwise_fault(const attention_options& scores, const groupwise_options& o) noexcept {
+/// Scores that depend on a query's position or head beyond its product with the key cannot be shared.
+[[nodiscard]] inline fault find_shared_scores_fault(const attention_options& scores) noexcept {
   if (scores.mask || scores.bias || !scores.alibi_slopes.empty() || scores.window.left != -1 ||
       scores.window.right != -1)
     return make_fault(errc::option, "options: expected no mask, bias, ALiBi or window, which differ within a group");
+  return {};
+}
+[[nodiscard]] inline fault find_groupwise_fault(const attention_options& scores, const groupwise_options& o) noexcept {
+  if (const auto f = find_shared_scores_fault(scores)) return f;
   if (o.top_keys < 0)
     return make_fault(errc::option, "groupwise.top_keys: expected 0 or more, got %lld", printable(o.top_keys));
   if (o.form == groupwise_form::improved_lse && scores.softcap != 0)

@@ -62,6 +62,29 @@ template <class T>
   return find_lse_fault(name, state.lse, state.out);
 }
 
+/// States fit the one that they are merged into: same extents, sound layout, memory apart or the same.
+template <class T>
+[[nodiscard]] fault find_merge_fault(std::span<const partial_state<const T>> states,
+                                     const partial_state<T>& result) noexcept {
+  const operand out = describe("result.out", result.out);
+  if (const auto f = find_output_fault(out)) return f;
+  if (const auto f = find_lse_fault("result", result.lse, result.out)) return f;
+  if (result.lse.size() > 0 && result.out.extent(3) < 1)
+    return make_fault(errc::shape, "result.out: expected values of at least 1 element, got none");
+  const operand lse = describe_lse("result.lse", result.lse);
+  if (const auto f = find_overlap_fault(out, lse)) return f;
+  for (const auto& state : states) {
+    if (const auto f = find_state_fault<T>("state.out", state, result.out)) return f;
+    for (const auto& part : {describe("state.out", state.out), describe_lse("state.lse", state.lse)}) {
+      for (const auto& written : {out, lse}) {
+        if (is_same_memory(part, written)) continue;  // merged in place
+        if (const auto f = find_overlap_fault(written, part)) return f;
+      }
+    }
+  }
+  return {};
+}
+
 /// One row (b, s, h) of merge_many. sums [E]: scratch.
 template <class T, class A = accumulator_t<T>>
 void merge_state_row(std::span<const partial_state<const T>> states, const partial_state<T>& result, index_t b,
@@ -118,27 +141,7 @@ template <class T>
 void merge_many(std::type_identity_t<std::span<const partial_state<const T>>> states, partial_state<T> result,
                 context& ctx) {
   using A = accumulator_t<T>;
-  const auto find_fault = [&]() -> detail::fault {
-    const detail::operand out = detail::describe("result.out", result.out);
-    if (const auto f = detail::find_output_fault(out)) return f;
-    if (const auto f = detail::find_lse_fault("result", result.lse, result.out)) return f;
-    if (result.lse.size() > 0 && result.out.extent(3) < 1)
-      return detail::make_fault(errc::shape, "result.out: expected values of at least 1 element, got none");
-    const detail::operand lse = detail::describe_lse("result.lse", result.lse);
-    if (const auto f = detail::find_overlap_fault(out, lse)) return f;
-    for (const auto& state : states) {
-      if (const auto f = detail::find_state_fault<T>("state.out", state, result.out)) return f;
-      for (const auto& part :
-           {detail::describe("state.out", state.out), detail::describe_lse("state.lse", state.lse)}) {
-        for (const auto& written : {out, lse}) {
-          if (detail::is_same_memory(part, written)) continue;  // merged in place
-          if (const auto f = detail::find_overlap_fault(written, part)) return f;
-        }
-      }
-    }
-    return {};
-  };
-  if (const auto fault = find_fault()) return detail::raise(fault);
+  if (const auto fault = detail::find_merge_fault<T>(states, result)) return detail::raise(fault);
   if (result.out.size() == 0) return;
 
   const index_t q_len = result.out.extent(1), heads = result.out.extent(2), dim = result.out.extent(3);
