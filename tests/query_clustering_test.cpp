@@ -488,6 +488,46 @@ TEST(QueryClustering, TakesSixteenBitRowsWithAnyStride) {
   EXPECT_EQ(groups, grouped(rounded, o));
 }
 
+TEST(QueryClustering, PoolsTheHeadsOfAKvHead) {
+  const auto rows = planted<float>(60, 16, 6, 0.05, 19);  // 5 positions of 12 heads
+  context ctx;
+  query_groups<float> groups;
+  grouping_options o;
+  o.groups = 5;
+  group_queries(tensor_view<const float, 4>(rows.row(4), {1, 5, 4, 16}, {0, 12 * 16, 16, 1}), o, groups, ctx);
+  point_set<float> pooled{20, 16, {}};
+  for (index_t s = 0; s < 5; ++s)
+    pooled.data.insert(pooled.data.end(), rows.row(12 * s + 4), rows.row(12 * s + 4) + 64);
+  EXPECT_EQ(groups, grouped(pooled, o));
+}
+
+TEST(QueryClustering, SendsRowsToRepresentativesThatAreGiven) {
+  const auto rows = planted<float>(50, 16, 5, 0.05, 43);
+  grouping_options o;
+  o.groups = 5;
+  const auto first = grouped(point_set<float>{20, 16, {rows.data.begin(), rows.data.begin() + 20 * 16}}, o);
+  point_set<float> others{30, 16, {rows.data.begin() + 20 * 16, rows.data.end()}};
+  for (float& x : std::span(others.data).subspan(7 * 16, 16)) x += 3;  // far from all
+  context ctx;
+  query_groups<float> groups;
+  const tensor_view<const float, 2> given(first.representatives.data(), {5, 16});
+  group_by_representatives(others.view(), given, 2, groups, ctx);
+  ASSERT_EQ(groups.size(), 6);
+  EXPECT_EQ(groups.members(5).size(), 1u);
+  EXPECT_EQ(groups.members(5)[0], 7);
+  EXPECT_EQ(groups.radius(5), std::numeric_limits<float>::infinity());
+  for (index_t j = 0; j < 5; ++j) {
+    EXPECT_TRUE(
+        std::equal(first.representative(j).begin(), first.representative(j).end(), groups.representative(j).begin()));
+    for (const index_t i : groups.members(j)) EXPECT_EQ(i % 5, groups.members(j)[0] % 5);
+  }
+  // Those that nobody comes to are left out.
+  group_by_representatives(tensor_view<const float, 2>(others.row(0), {1, 16}), given,
+                           std::numeric_limits<double>::infinity(), groups, ctx);
+  EXPECT_EQ(groups.size(), 1);
+  expect_sound(point_set<float>{1, 16, {others.data.begin(), others.data.begin() + 16}}, groups, "one");
+}
+
 TEST(QueryClustering, ByLabels) {
   const auto rows = planted<float>(8, 4, 8, 0.0, 23);
   const std::vector<index_t> labels{5, 2, 5, 0, 2, 5, 0, 7};

@@ -114,11 +114,11 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     if (memory == nullptr) return;
     group_attender<A> attender(x, own_groups, dims, options, any_radius, memory);
     const part_of_source<kv_cache<P>> far_head(far, 0, 0, 1, keys);
-    const key_interval all({0, 0}, false);
+    const key_interval seen(options.without, false);
     if constexpr (has_rows_in_memory<part_of_source<KV>>) {
-      attender.run(far_head, own, all, scores, top, results, lse, calls);
+      attender.run(far_head, own, seen, scores, top, results, lse, calls);
     } else {
-      attender.run(far_head, far_head, all, scores, top, results, lse, calls);
+      attender.run(far_head, far_head, seen, scores, top, results, lse, calls);
     }
     constexpr A empty = -std::numeric_limits<A>::infinity();
     for (index_t i = 0; i < n; ++i) {

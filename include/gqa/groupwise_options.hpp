@@ -3,7 +3,7 @@
 /// groupwise_options: how the members of a query group share what its representative finds.
 #pragma once
 
-#include <gqa/config.hpp>
+#include <gqa/variants.hpp>
 
 namespace gqa {
 
@@ -19,7 +19,8 @@ enum class groupwise_form {
 
 struct groupwise_options {
   groupwise_form form = groupwise_form::improved_lse;
-  index_t top_keys = 64;  ///< k = |T|, ties to the lowest key; whole tiles of 64 cost least
+  index_t top_keys = 64;   ///< k = |T|, ties to the lowest key; whole tiles of 64 cost least
+  key_range without = {};  ///< keys that are left out, because queries see them otherwise (groupwise_attention() only)
 };
 
 }  // namespace gqa

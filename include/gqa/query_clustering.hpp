@@ -47,23 +47,29 @@ template <class T>
 
 inline namespace GQA_ISA {
 
-/// Runs `group(grouper)` over a copy of the rows in accumulators; `given` representatives, or as many as it finds.
-template <class T, class Group>
-void group_rows(const tensor_view<const T, 2>& rows, const grouping_options& options,
-                query_groups<accumulator_t<T>>& groups, index_t given, context& ctx, const Group& group) {
-  using A = accumulator_t<T>;
-  const index_t n = rows.extent(0), dim = rows.extent(1), stride = round_up(dim, 16);
+/// Runs `group(grouper)` over a copy of n rows in accumulators, of which row_at(i) is the i-th; `given`
+/// representatives, or as many as it finds.
+template <class A, class RowAt, class Group>
+void group_rows(index_t n, index_t dim, const RowAt& row_at, const grouping_options& options, query_groups<A>& groups,
+                index_t given, context& ctx, const Group& group) {
+  const index_t stride = round_up(dim, 16);
   const auto copy_bytes = static_cast<std::size_t>(round_up(n * stride, 64)) * sizeof(A);
   std::byte* const memory = ctx.detail_scratch(copy_bytes + row_grouper<A>::bytes(n, dim, options, given, ctx));
   if (memory == nullptr) return;
   A* const copy = reinterpret_cast<A*>(memory);
   for (index_t i = 0; i < n; ++i) {
-    const T* const row = rows.data() + i * rows.stride(0);
+    const auto* const row = row_at(i);
     for (index_t d = 0; d < dim; ++d) copy[i * stride + d] = static_cast<A>(row[d]);
   }
   row_grouper<A> grouper({copy, n, dim, stride}, options, given, ctx, memory + copy_bytes);
   group(grouper);
   grouper.write(groups);
+}
+template <class T, class Group>
+void group_rows(const tensor_view<const T, 2>& rows, const grouping_options& options,
+                query_groups<accumulator_t<T>>& groups, index_t given, context& ctx, const Group& group) {
+  const auto row_at = [&](index_t i) { return rows.data() + i * rows.stride(0); };
+  group_rows(rows.extent(0), rows.extent(1), row_at, options, groups, given, ctx, group);
 }
 
 }  // namespace GQA_ISA
@@ -81,6 +87,22 @@ void group_queries(tensor_view<const T, 2> rows, const grouping_options& options
   if (const auto f = detail::find_rows_fault(rows)) return detail::raise(f);
   if (const auto f = detail::find_grouping_fault(options)) return detail::raise(f);
   detail::group_rows(rows, options, groups, 0, ctx, [](auto& grouper) { grouper.by_content(); });
+}
+
+/// The same of queries [1, S, H, D] of one sequence and one KV head: the pooled rows s * H + h.
+template <class T>
+void group_queries(const tensor_view<const T, 4>& q, const grouping_options& options,
+                   query_groups<accumulator_t<T>>& groups, context& ctx) {
+  const detail::operand queries = detail::describe("q", q);
+  if (const auto f = detail::find_layout_fault(queries)) return detail::raise(f);
+  if (const auto f = detail::find_extent_fault(queries, 0, 1, "one sequence")) return detail::raise(f);
+  if (q.extent(3) < 1)
+    return detail::raise(detail::make_fault(errc::shape, "q: expected at least 1 element each, got none"));
+  if (const auto f = detail::find_grouping_fault(options)) return detail::raise(f);
+  const index_t heads = q.extent(2);
+  const auto row_at = [&](index_t i) { return &q(0, i / heads, i % heads, 0); };
+  detail::group_rows(q.extent(1) * heads, q.extent(3), row_at, options, groups, 0, ctx,
+                     [](auto& grouper) { grouper.by_content(); });
 }
 
 /// Groups rows by the caller's labels [n], numbers from 0 on. Groups keep their order; numbers that no row has are left
