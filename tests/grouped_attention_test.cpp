@@ -469,7 +469,21 @@ TEST(GroupedAttention, ReportsWhatItDid) {
     EXPECT_GT(b.error_bound, 0);
     EXPECT_LT(b.error_bound, 0.3);
     EXPECT_EQ(b.exact_products, static_cast<double>(80 * far * (16 + 8)));
-    EXPECT_GE(b.products, static_cast<double>((b.groups + b.alone) * far * (16 + 8)));
+    // Representatives: top keys, and the rest with values and keys; then rows that share, and representatives, on 3
+    // keys.
+    EXPECT_EQ(b.products, static_cast<double>(b.groups * far * 16 + (b.groups + b.alone) * far * (16 + 8 + 16) +
+                                              (80 - b.alone + b.groups) * 3 * (16 + 8)));
+    ASSERT_EQ(static_cast<index_t>(b.shared.size()), b.groups);
+    index_t members = 0;
+    double mass = 0, bound = 0;
+    for (const group_report& g : b.shared) {
+      members += g.members;
+      mass += static_cast<double>(g.members) * g.retained_mass / static_cast<double>(80 - b.alone);
+      bound = std::max(bound, g.error_bound);
+    }
+    EXPECT_EQ(members, 80 - b.alone);
+    EXPECT_NEAR(mass, b.retained_mass, 1e-12);
+    EXPECT_EQ(bound, b.error_bound);
     if (b.query_begin == 120) {
       EXPECT_LT(b.products, b.exact_products);
     }
@@ -523,6 +537,7 @@ TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
   EXPECT_EQ(with([](auto& o) { o.groupwise.top_keys = -1; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.strict_causal = true, o.attention.causal = false; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.grouping.groups = -1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.groupwise.without = {3, 5}; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.attention.scale = std::numeric_limits<double>::infinity(); }), errc::option);
   EXPECT_EQ(with([](auto&) {}), errc::ok);
 }

@@ -8,6 +8,7 @@
 #include <gqa/combine.hpp>              // merge_disjoint(), exclude(), gated_sum(), mix()
 #include <gqa/config.hpp>               // index_t, accumulator_t, GQA_NO_EXCEPTIONS
 #include <gqa/context.hpp>              // context: who runs the tasks, and scratch memory
+#include <gqa/diagnostics.hpp>          // attention_map(), entropy, mass, similarity of heads, compare()
 #include <gqa/eigen_tensor.hpp>         // view() of Eigen::Tensor and TensorMap
 #include <gqa/error.hpp>                // errc, error, set_error_handler()
 #include <gqa/grouped_attention.hpp>    // grouped_attention(): near keys exactly, far keys by query groups

@@ -28,6 +28,9 @@ namespace detail {
 
 [[nodiscard]] inline fault find_grouped_fault(const grouped_options& o) noexcept {
   if (const auto f = find_groupwise_fault(o.attention, o.groupwise)) return f;
+  if (o.groupwise.without.size() > 0)
+    return make_fault(errc::option,
+                      "options.groupwise.without: expected no keys, for blocks leave out their near ones");
   if (o.block < 1) return make_fault(errc::option, "options.block: expected 1 or more, got %lld", printable(o.block));
   if (o.block > position_limit || o.window < 0 || o.window > position_limit)
     return make_fault(errc::option, "options.block, window: expected lengths within 2^60, got %lld and %lld",

@@ -32,17 +32,28 @@ struct grouped_options {
   bool always_group = {};  ///< also where the cost model says that the exact kernel is faster
 };
 
+/// A group that shares.
+struct group_report {
+  index_t members = 0;
+  double radius = 0;
+  double retained_mass = 0;  // of the representative's far weights, that of its top keys
+  double error_bound = 0;    // on the L1 error of a member's far weights: 2 tanh(|scale| radius spread / 2)
+
+  [[nodiscard]] friend bool operator==(const group_report&, const group_report&) = default;
+};
+
 /// A block of one KV head.
 struct block_report {
   index_t batch = 0, kv_head = 0;
-  index_t query_begin = 0, query_end = 0;  // indices in the call
-  bool exact = true;          // by the exact kernel, because groups would not have paid; the rest is 0 then
-  index_t groups = 0;         // representatives of several rows
-  index_t alone = 0;          // rows that attended for themselves
-  double largest_radius = 0;  // of a group that shares
-  double error_bound = 0;     // on the L1 error of a row's far weights: 2 tanh(|scale| radius spread / 2)
-  double retained_mass = 0;   // mean over rows: of the representative's far weights, that of its top keys
+  index_t query_begin = 0, query_end = 0;   // indices in the call
+  bool exact = true;                        // by the exact kernel, because groups would not have paid; the rest is 0
+  index_t groups = 0;                       // representatives of several rows
+  index_t alone = 0;                        // rows that attended for themselves
+  double largest_radius = 0;                // of a group that shares
+  double error_bound = 0;                   // likewise
+  double retained_mass = 0;                 // mean over the rows that share
   double products = 0, exact_products = 0;  // multiply-adds on far keys: done, and of the exact kernel
+  std::vector<group_report> shared;         // groups, one by one
 
   [[nodiscard]] friend bool operator==(const block_report&, const block_report&) = default;
 };

@@ -98,7 +98,9 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     kv_cache<A> top(1, 1, std::max<index_t>(options.top_keys, 1), shape.head_dim, shape.value_dim);
     pack_head(own, means, 0, far);
 
-    const typename group_attender<A>::shape dims{shape.head_dim, shape.value_dim, far_dim, keys};
+    const typename group_attender<A>::shape dims{
+        shape.head_dim, shape.value_dim, far_dim, keys,
+        keys - key_range{options.without.begin, std::min(options.without.end, keys)}.size()};
     context& calls = contexts[worker].detail_workers()[0];
     const index_t row_elements = round_up(n * stride, 64), out_elements = round_up(n * shape.value_dim, 64);
     const auto elements = static_cast<std::size_t>(row_elements + out_elements + round_up(n, 64));

@@ -68,7 +68,6 @@ class rest_keys {
 /// What group-wise attention of one head did.
 struct groupwise_counts {
   index_t groups = 0, alone = 0;  // representatives of several rows, and rows that attended for themselves
-  double retained_mass = 0;       // mean over rows: what their representative's top keys weigh of all its keys
   double products = 0;            // multiply-adds
 };
 
@@ -78,7 +77,8 @@ class group_attender {
  public:
   /// \param far  whose first E values are the head's own; improved_lse takes the mean of the other D
   struct shape {
-    index_t head_dim, value_dim, far_value_dim, keys;
+    index_t head_dim, value_dim, far_value_dim;
+    index_t keys, seen_keys;  // of the head, and those of them that are attended to
   };
 
   group_attender(const point_rows<A>& rows, const query_groups<A>& groups, const shape& dims,
@@ -102,6 +102,14 @@ class group_attender {
   }
 
   [[nodiscard]] const groupwise_counts& counts() const noexcept { return counts_; }
+  /// Calls f(group, retained mass) for the groups that share, after run().
+  template <class F>
+  void for_each_shared(const F& f) const {
+    index_t representative = 0;
+    for (index_t j = 0; j < groups_.size(); ++j) {
+      if (shares(j)) f(j, retained_[representative++]);
+    }
+  }
 
   /// The states of all rows over the keys of `far` that `sees` leaves: out [n, E], lse [n]. Single keys and values are
   /// read from `own`, and gathered in `top`, which has room for options.top_keys.
@@ -123,7 +131,6 @@ class group_attender {
         lse[i] = rest_lse_[representative++];
       }
     }
-    if (counts_.groups > 0) counts_.retained_mass /= static_cast<double>(x_.count - counts_.alone);
   }
 
  private:
@@ -136,7 +143,7 @@ class group_attender {
     const index_t members = top_ > 0 ? most_members_ + 1 : 0;
     take(representatives_, all * x_.stride);
     take(scaled_, shared * x_.stride);
-    take(rest_out_, all * dims_.far_value_dim), take(rest_lse_, all);
+    take(rest_out_, all * dims_.far_value_dim), take(rest_lse_, all), take(retained_, counts_.groups);
     take(taken_, shared * best_keys<A>::capacity(top_)), take(taken_counts_, shared);
     take(top_bits_, shared * tiles());
     take(members_, members * x_.stride);
@@ -178,7 +185,7 @@ class group_attender {
       for (const scored_key<A>& taken : taken_by(r))
         top_bits_[r * tiles() + taken.key / tile_tokens] |= std::uint64_t{1} << taken.key % tile_tokens;
     }
-    counts_.products += static_cast<double>(counts_.groups * dims_.keys * dims_.head_dim);
+    counts_.products += static_cast<double>(counts_.groups * dims_.seen_keys * dims_.head_dim);
   }
   [[nodiscard]] std::span<const scored_key<A>> taken_by(index_t r) const noexcept {
     return {taken_ + r * best_keys<A>::capacity(top_), static_cast<std::size_t>(taken_counts_[r])};
@@ -205,7 +212,7 @@ class group_attender {
     const rest_keys rest(sees, top_bits_, top_ > 0 ? counts_.groups : 0, tiles());
     attention(queries(representatives_, all), far, state(rest_out_, rest_lse_, all, dims_.far_value_dim), plain(scores),
               rest, ctx);
-    counts_.products += static_cast<double>(all * dims_.keys * (dims_.head_dim + dims_.far_value_dim));
+    counts_.products += static_cast<double>(all * dims_.seen_keys * (dims_.head_dim + dims_.far_value_dim));
   }
 
   /// The results of group j's members, of whom r is the representative.
@@ -219,7 +226,7 @@ class group_attender {
     const A* const rest = rest_out_ + r * dims_.far_value_dim;
     constexpr A empty = -std::numeric_limits<A>::infinity();
     const A representative_top = has_top ? top_lse_[count] : empty;
-    if (has_top) counts_.retained_mass += static_cast<double>(count) * share_of(representative_top, rest_lse_[r]);
+    retained_[r] = has_top ? share_of(representative_top, rest_lse_[r]) : 0;
     for (index_t m = 0; m < count; ++m) {
       const index_t i = members[static_cast<std::size_t>(m)];
       const bool corrects = options_.form == groupwise_form::improved_lse;
@@ -276,6 +283,7 @@ class group_attender {
   A* scaled_ = nullptr;           // [groups, stride]
   A* rest_out_ = nullptr;         // [groups + alone, far E]
   A* rest_lse_ = nullptr;
+  double* retained_ = nullptr;         // [groups], what the top keys weigh of all
   scored_key<A>* taken_ = nullptr;     // [groups, capacity]
   index_t* taken_counts_ = nullptr;    // [groups]
   std::uint64_t* top_bits_ = nullptr;  // [groups, tiles]

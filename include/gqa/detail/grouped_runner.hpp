@@ -9,12 +9,12 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <gqa/attention.hpp>
@@ -320,17 +320,17 @@ class grouped_runner {
     // 1. Define query groups.
     const point_rows<A> x = pool(k, k.begin, k.end, rows);
     const double radius = largest_radius(k, far);
-    const bool finds = find_groups(k, x, rows_before, radius, own, calls);
+    if (!find_groups(k, x, rows_before, radius, own, calls)) return false;
     const double shared_radius = options_.strict_causal ? std::numeric_limits<double>::max() : radius;
     const attention_options& scores = options_.attention;
-    const typename group_attender<A>::shape dims{problem_.head_dim, value_dim, far_value_dim(), k.keys};
+    const typename group_attender<A>::shape dims{problem_.head_dim, value_dim, far_value_dim(), k.keys, far_keys(k)};
     std::byte* const memory = calls.detail_workers()[0].detail_scratch(
         group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, shared_radius));
     if (memory == nullptr) return false;
     group_attender<A> attender(x, own.groups, dims, options_.groupwise, shared_radius, memory);
-    // Of a strict call's blocks nothing is decided by all of their rows.
+    // Nothing about a block of a strict call is decided by all of its rows.
     const auto found = attender.counts();
-    if (!options_.strict_causal && (!finds || !pays(k, found.groups, found.alone))) return false;
+    if (!options_.strict_causal && !pays(k, found.groups, found.alone)) return false;
 
     // 2. Group-wise attention to the far keys.
     if (!own.top)
@@ -349,7 +349,7 @@ class grouped_runner {
     attend_near(k, states, calls);
     // 4. and 5. Combine the scores, apply.
     write(k, states);
-    if (report_ != nullptr) describe(k, own.groups, attender.counts(), shared_radius, far);
+    if (report_ != nullptr) describe(k, own.groups, attender, far);
     return true;
   }
 
@@ -362,7 +362,7 @@ class grouped_runner {
     return pool_queries<A>(q_, k.b, {begin, end}, {first_head(k.g), head_end(k.g)}, to);
   }
 
-  /// Sets own.groups; false if there were more groups than may be.
+  /// Sets own.groups; false if groups do not pay.
   [[nodiscard]] bool find_groups(const block& k, const point_rows<A>& x, A* rows_before, double radius,
                                  worker_state& own, context& calls) const {
     if (options_.groupwise.form == groupwise_form::dense) return leave_alone(x, own.groups);
@@ -376,18 +376,17 @@ class grouped_runner {
     if (options_.tolerance) o.radius = radius;
     return o;
   }
-  /// Groups rows; false if there were more groups than may be. For a cover a sample of the rows tells at little cost
+  /// Groups rows; false if a tolerance takes more groups than may be. A sample of the rows tells at little cost
   /// whether they group at all.
   [[nodiscard]] bool group(const block& k, const point_rows<A>& x, double radius, query_groups<A>& groups,
                            context& calls) const {
     const grouping_options o = grouping_of(k, radius);
-    const bool is_cover = o.method == grouping_method::cover;
-    if (is_cover && !options_.always_group && x.count > sampled_rows) {
+    if (options_.tolerance && !options_.always_group && x.count > sampled_rows) {
       const point_rows<A> sample{x.at, sampled_rows, x.dim, x.count / sampled_rows * x.stride};
       if (!group_rows_of(sample, o, groups, calls) || groups.size() > sampled_rows / 2) return false;
     }
     if (!group_rows_of(x, o, groups, calls)) return false;
-    return !is_cover || std::all_of(groups.radii.begin(), groups.radii.end(), [&o](A r) {
+    return !options_.tolerance || std::all_of(groups.radii.begin(), groups.radii.end(), [&o](A r) {
       return static_cast<double>(r) <= o.radius || r == std::numeric_limits<A>::infinity();
     });
   }
@@ -400,15 +399,16 @@ class grouped_runner {
     grouper.write(groups);
     return true;
   }
-  /// Sends rows to the representatives of the block before; those too far from all attend for themselves.
+  /// Sends rows to the representatives of the block before; those too far from all attend for themselves. False if
+  /// those representatives are too many.
   [[nodiscard]] bool assign(const block& k, const point_rows<A>& x, A* rows_before, double radius, worker_state& own,
                             context& calls) const {
     const index_t begin = std::max<index_t>(k.begin - options_.block, 0);
-    static_cast<void>(group(k, pool(k, begin, k.begin, rows_before), radius, own.before, calls));
+    if (!group(k, pool(k, begin, k.begin, rows_before), radius, own.before, calls)) return false;
     // Those of rows that are not finite cannot be compared with.
     index_t count = own.before.size();
     while (count > 0 && own.before.radius(count - 1) == std::numeric_limits<A>::infinity()) --count;
-    if (count == 0) return leave_alone(x, own.groups);
+    if (count == 0 || !pays(k, count, 0)) return false;
     grouping_options o;
     o.groups = count;
     o.radius = options_.tolerance ? radius : std::numeric_limits<double>::infinity();
@@ -477,21 +477,25 @@ class grouped_runner {
     return r;
   }
   template <class Far>
-  void describe(const block& k, const query_groups<A>& groups, const groupwise_counts& counts, double shared_radius,
-                const Far& far) {
+  void describe(const block& k, const query_groups<A>& groups, const group_attender<A>& attender, const Far& far) {
     block_report& r = report_->blocks[k.number];
+    const groupwise_counts& counts = attender.counts();
     r.exact = false;
     r.groups = counts.groups, r.alone = counts.alone;
-    r.retained_mass = counts.retained_mass;
     r.products = counts.products;
     r.exact_products = static_cast<double>(rows_of(k)) * static_cast<double>(far_keys(k)) * dims();
-    for (index_t j = 0; j < groups.size(); ++j) {
+    const double reach = std::abs(scale()) * spread_of(far, key_interval(k.near, false), seen_keys(k));
+    index_t sharing = 0;
+    attender.for_each_shared([&](index_t j, double retained) {
+      const auto members = static_cast<index_t>(groups.members(j).size());
       const auto radius = static_cast<double>(groups.radius(j));
-      if (groups.members(j).size() > 1 && radius <= shared_radius)
-        r.largest_radius = std::max(r.largest_radius, radius);
-    }
-    r.error_bound = 2 * std::tanh(std::abs(scale()) * r.largest_radius *
-                                  spread_of(far, key_interval(k.near, false), seen_keys(k)) / 2);
+      r.shared.push_back({members, radius, retained, 2 * std::tanh(reach * radius / 2)});
+      r.largest_radius = std::max(r.largest_radius, radius);
+      r.error_bound = std::max(r.error_bound, r.shared.back().error_bound);
+      r.retained_mass += static_cast<double>(members) * retained;
+      sharing += members;
+    });
+    if (sharing > 0) r.retained_mass /= static_cast<double>(sharing);
   }
 
   const tensor_view<const Q, 4>& q_;
