@@ -95,7 +95,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const index_t keys = scores.kv_lengths.empty() ? kv.length(b) : scores.kv_lengths[static_cast<std::size_t>(b)];
     const part_of_source<KV> own(kv, b, g, 1, keys);
     kv_cache<P> far(1, 1, keys, shape.head_dim, far_dim);
-    kv_cache<A> top(1, 1, std::max<index_t>(options.top_keys, 1), shape.head_dim, shape.value_dim);
+    kv_cache<A> top(1, 1, std::min(options.top_keys, keys), shape.head_dim, shape.value_dim);
     pack_head(own, means, 0, far);
 
     const typename group_attender<A>::shape dims{

@@ -270,6 +270,7 @@ class group_attender {
   [[nodiscard]] static double share_of(A part, A other) noexcept {
     return 1 / (1 + std::exp(static_cast<double>(other) - static_cast<double>(part)));
   }
+
   point_rows<A> x_;
   const query_groups<A>& groups_;
   shape dims_;

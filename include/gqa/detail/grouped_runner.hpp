@@ -334,7 +334,7 @@ class grouped_runner {
 
     // 2. Group-wise attention to the far keys.
     if (!own.top)
-      own.top.emplace(1, 1, std::max<index_t>(options_.groupwise.top_keys, 1), problem_.head_dim, value_dim);
+      own.top.emplace(1, 1, std::min(options_.groupwise.top_keys, problem_.kv_len), problem_.head_dim, value_dim);
     const part_of_source<Far> far_part(far, 0, 0, 1, seen_keys(k));
     const auto attend_far = [&](const auto& single_keys) {
       attender.run(far_part, single_keys, key_interval(k.near, false), scores, *own.top, states.far, states.far_lse,
