@@ -15,8 +15,6 @@
 namespace gqa::test {
 namespace {
 
-using detail::key_range;
-
 // A cache that counts the tiles that are read of it.
 struct counting_cache {
   using element = float;
