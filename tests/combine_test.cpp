@@ -121,6 +121,15 @@ TEST(Combine, MixesTwoOutputs) {
   EXPECT_EQ(std::memcmp(out.data(), a.out.data(), out.size() * sizeof(float)), 0);
 }
 
+TEST(Combine, MixesInDouble) {
+  const double a = 1, b = 0;
+  double out = 0;
+  const tensor_view<const double, 4> of_a(&a, {1, 1, 1, 1}), of_b(&b, {1, 1, 1, 1});
+  context ctx;
+  mix(of_a, of_b, 0.1, view(&out, {1, 1, 1, 1}), ctx);
+  EXPECT_EQ(out, 0.1);
+}
+
 #ifndef GQA_NO_EXCEPTIONS
 template <class F>
 errc code_of(const F& call) {

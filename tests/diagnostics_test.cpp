@@ -151,6 +151,12 @@ TEST(Diagnostics, RefuseWhatDoesNotFit) {
   EXPECT_EQ(mapped({1, 5, {4, 7}, {20, 70}}, {3, 50}), errc::range);
   EXPECT_EQ(mapped({1, 5, {2, 5}, {21, 71}}, {3, 50}), errc::range);
   EXPECT_EQ(mapped({1, 5, {2, 5}, {20, 70}}, {3, 49}), errc::shape);
+  const tensor_view<const float, 4> no_heads(lse.data(), {2, 70, 0, 16});
+  EXPECT_EQ(code_of([&] {
+              attention_map(in.q.view(), no_heads, lse_view, in.options, {1, 5, {2, 5}, {20, 70}},
+                            tensor_view<float, 2>(map.data(), {3, 50}));
+            }),
+            errc::shape);
   context ctx;
   std::vector<float> entropy(72);
   attention_options with_softcap;

@@ -170,6 +170,29 @@ TEST(GroupwiseAttention, GivesTheWeightsOfItsDefinition) {
   }
 }
 
+TEST(GroupwiseAttention, TakesNoSequences) {
+  context ctx;
+  const float x = 0;
+  const tensor_view<const float, 4> none(&x, {0, 5, 2, 4});
+  result<float> out;
+  groupwise_attention(none, none, none, std::span<const query_groups<float>>(), out.state(0, 5, 2, 4), {}, {}, ctx);
+}
+
+TEST(GroupwiseAttention, DoesNotDependOnThreads) {
+  const auto c = make_case<float>({2, 40, 300, 6, 3, 16, 16}, data_kind::planted, 9);
+  grouping_options grouping;
+  grouping.groups = 7;
+  const auto groups = groups_of(c, grouping);
+  const std::span<const query_groups<float>> sets(groups);
+  result<float> serial, parallel;
+  context ctx;
+  groupwise_attention(c.queries(), c.keys(), c.values(), sets, serial.state(2, 40, 6, 16), {}, {}, ctx);
+  Eigen::ThreadPool pool(3);
+  context threads(pool);
+  groupwise_attention(c.queries(), c.keys(), c.values(), sets, parallel.state(2, 40, 6, 16), {}, {}, threads);
+  EXPECT_TRUE(parallel == serial);
+}
+
 TEST(GroupwiseAttention, OverACacheIsThatOverTensors) {
   const auto c = make_case<float>({2, 20, 150, 6, 2, 16, 24}, data_kind::planted, 1, 0.4);
   grouping_options grouping;
@@ -338,7 +361,7 @@ TEST(GroupedAttention, IsTheExactKernelToTheBitWhereGroupsDoNotPay) {
 
 TEST(GroupedAttention, TakesOptionsOfAttention) {
   const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 6);
-  const std::vector<index_t> lengths{150, 170}, offsets{3, 40}, heads{0, 5, 6};
+  const std::vector<index_t> lengths{150, 170}, offsets{3, 40}, heads{0, 5, 6}, one_owner{0, 6, 6};
   const std::vector<float> sinks{0.5f, -1, 2, 0, -std::numeric_limits<float>::infinity(), 1};
   const auto with = [&](const char* what, const auto& change) {
     auto o = small_blocks<float>(groupwise_form::improved, true);
@@ -354,6 +377,7 @@ TEST(GroupedAttention, TakesOptionsOfAttention) {
   with("softcap", [&](auto& a) { a.softcap = 2; });
   with("scale", [&](auto& a) { a.scale = -0.4; });
   with("unequal groups", [&](auto& a) { a.group_offsets = heads; });
+  with("one KV head for all", [&](auto& a) { a.group_offsets = one_owner; });
 }
 
 TEST(GroupedAttention, KeepsItsTolerance) {
@@ -383,10 +407,10 @@ TEST(GroupedAttention, KeepsItsTolerance) {
 TEST(GroupedAttention, DoesNotLookAhead) {
   for (const bool strict : {false, true}) {
     for (const groupwise_form form : forms) {
-      for (const bool has_tolerance : {false, true}) {
+      for (const index_t groups : {5, 40, 0}) {  // 40: some representatives get one row; 0: by a tolerance
         auto o = small_blocks<float>(form, true);
-        o.strict_causal = strict, o.grouping.groups = 5;
-        if (has_tolerance) o.tolerance = 0.5;
+        o.strict_causal = strict, o.grouping.groups = groups;
+        if (groups == 0) o.tolerance = 0.5;
         auto c = make_case<float>({1, 170, 170, 4, 2, 16, 8}, data_kind::planted, 7);
         const auto before = run_grouped(c, o);
         const index_t changed = 130;
@@ -503,6 +527,19 @@ TEST(GroupedAttention, GroupsByTheBlockBeforeWhereItIsStrict) {
   }
 }
 
+// A softcap is no softmax: what a vector added to all keys adds to scores, it does not leave out.
+TEST(GroupedAttention, BoundsMoreUnderASoftcap) {
+  const auto c = make_case<float>({1, 160, 160, 4, 2, 16, 8}, data_kind::key_offset, 7, 0.01);
+  auto o = small_blocks<float>(groupwise_form::improved, true);
+  o.grouping.groups = 6;
+  grouped_report plain, capped;
+  run_grouped(c, o, &plain);
+  o.attention.softcap = 1e6;
+  run_grouped(c, o, &capped);
+  for (std::size_t i = 2; i < plain.blocks.size(); ++i)
+    EXPECT_GT(capped.blocks[i].error_bound, 1.5 * plain.blocks[i].error_bound);
+}
+
 #ifndef GQA_NO_EXCEPTIONS
 TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
   const auto c = make_case<float>({1, 20, 30, 2, 1, 8, 8}, data_kind::random, 1);
@@ -539,7 +576,14 @@ TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
   EXPECT_EQ(with([](auto& o) { o.grouping.groups = -1; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.groupwise.without = {3, 5}; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.attention.scale = std::numeric_limits<double>::infinity(); }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.attention.query_offset = index_t{1} << 60; }), errc::range);
+  EXPECT_EQ(with([](auto& o) { o.grouping.method = static_cast<grouping_method>(9); }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.groupwise.form = static_cast<groupwise_form>(9); }), errc::option);
   EXPECT_EQ(with([](auto&) {}), errc::ok);
+  EXPECT_EQ(with([](auto& o) {
+              o.grouping.iterations = std::numeric_limits<index_t>::max(), o.always_group = false, o.block = 20;
+            }),
+            errc::ok);
 }
 
 TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
@@ -569,6 +613,7 @@ TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
   EXPECT_EQ(with([](auto& sets, auto&) { sets[1].dim = 7; }), errc::shape);
   EXPECT_EQ(with([](auto& sets, auto&) { sets[1].order[0] = sets[1].order[1]; }), errc::range);
   EXPECT_EQ(with([](auto& sets, auto&) { sets[1].order[0] = 20; }), errc::range);
+  EXPECT_EQ(with([](auto& sets, auto&) { std::swap(sets[1].order[0], sets[1].order[1]); }), errc::range);
   EXPECT_EQ(with([](auto& sets, auto&) { sets[0].offsets[1] = 21; }), errc::range);
   EXPECT_EQ(with([](auto& sets, auto&) { sets[0].representatives.pop_back(); }), errc::range);
   EXPECT_EQ(with([](auto&, auto& scores) { scores.causal = true; }), errc::option);

@@ -521,6 +521,11 @@ TEST(QueryClustering, SendsRowsToRepresentativesThatAreGiven) {
         std::equal(first.representative(j).begin(), first.representative(j).end(), groups.representative(j).begin()));
     for (const index_t i : groups.members(j)) EXPECT_EQ(i % 5, groups.members(j)[0] % 5);
   }
+  // Representatives that are not finite still make a partition.
+  const std::vector<float> nan(2 * 16, std::numeric_limits<float>::quiet_NaN());
+  group_by_representatives(others.view(), tensor_view<const float, 2>(nan.data(), {2, 16}), 2, groups, ctx);
+  EXPECT_EQ(groups.rows(), 30);
+  for (const index_t i : groups.order) EXPECT_LT(i, 30);
   // Those that nobody comes to are left out.
   group_by_representatives(tensor_view<const float, 2>(others.row(0), {1, 16}), given,
                            std::numeric_limits<double>::infinity(), groups, ctx);
@@ -591,6 +596,7 @@ TEST(QueryClustering, RefusesWhatHasNoMeaning) {
     return code_of([&] { group_queries(rows.view(), o, groups, ctx); });
   };
   EXPECT_EQ(with([](auto& o) { o.groups = 0; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.method = static_cast<grouping_method>(-1); }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.method = grouping_method::cover, o.groups = -1; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.radius = -1; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.radius = std::numeric_limits<double>::quiet_NaN(); }), errc::option);

@@ -105,6 +105,17 @@ TEST(WithinGroupAttention, OverACacheIsThatOverTensors) {
   EXPECT_EQ(std::memcmp(out.data(), run_within(in, groups).out.data(), out.size() * sizeof(float)), 0);
 }
 
+TEST(WithinGroupAttention, DoesNotDependOnThreads) {
+  const operands<float, float> in(attention_case{{2, 60, 60, 6, 3, 16, 24}, with_causal, layout::bshd});
+  const auto groups = groups_by(in, [](index_t i) { return i % 5; });
+  std::vector<float> out(2 * 60 * 6 * 24);
+  Eigen::ThreadPool pool(3);
+  context ctx(pool);
+  within_group_attention(in.q.view(), in.k.view(), in.v.view(), std::span<const query_groups<float>>(groups),
+                         view(out.data(), {2, 60, 6, 24}), in.options, ctx);
+  EXPECT_EQ(std::memcmp(out.data(), run_within(in, groups).out.data(), out.size() * sizeof(float)), 0);
+}
+
 #ifndef GQA_NO_EXCEPTIONS
 TEST(WithinGroupAttention, RefusesWhatDoesNotFit) {
   operands<float, float> in(attention_case{{1, 10, 10, 4, 2, 8, 8}, with_causal, layout::bshd});

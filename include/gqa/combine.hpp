@@ -36,7 +36,8 @@ namespace detail {
     return make_fault(errc::shape, "keys: expected %zu ranges (one a state), got %zu", states, keys.size());
   for (std::size_t i = 0; i < keys.size(); ++i) {
     for (std::size_t j = 0; j < i; ++j) {
-      if (keys[i].size() > 0 && keys[j].size() > 0 && keys[i].begin < keys[j].end && keys[j].begin < keys[i].end)
+      if (keys[i].begin < keys[i].end && keys[j].begin < keys[j].end && keys[i].begin < keys[j].end &&
+          keys[j].begin < keys[i].end)
         return make_fault(errc::range,
                           "keys[%zu]: expected keys apart from those of keys[%zu], got both of [%lld, %lld)", i, j,
                           printable(keys[i].begin > keys[j].begin ? keys[i].begin : keys[j].begin),
@@ -46,6 +47,46 @@ namespace detail {
   return {};
 }
 
+inline namespace GQA_ISA {
+
+/// out <- the sum over branches of gate_of(branch, b, s, h), of type A, times it. A gate of 0 leaves its branch out.
+template <class A, class T, class Out, class GateOf>
+void sum_branches(std::span<const tensor_view<const T, 4>> branches, const GateOf& gate_of,
+                  const tensor_view<Out, 4>& out, context& ctx) {
+  const index_t q_len = out.extent(1), heads = out.extent(2), dim = out.extent(3);
+  ctx.for_each(out.extent(0) * q_len, [&](index_t task, index_t) {
+    const index_t b = task / q_len, s = task % q_len;
+    for (index_t h = 0; h < heads; ++h) {
+      for (index_t e = 0; e < dim; ++e) {
+        A sum{0};
+        for (std::size_t i = 0; i < branches.size(); ++i) {
+          const A gate = gate_of(i, b, s, h);
+          if (gate != A{0}) sum = scalar_madd(gate, static_cast<A>(branches[i](b, s, h, e)), sum);
+        }
+        out(b, s, h, e) = stored<Out>(sum);
+      }
+    }
+  });
+}
+
+/// Branches [B, S, H, E] fit the sum.
+template <class T, class Out>
+[[nodiscard]] fault find_branches_fault(std::span<const tensor_view<const T, 4>> branches,
+                                        const tensor_view<Out, 4>& out) noexcept {
+  const operand written = describe("out", out);
+  if (const auto f = find_output_fault(written)) return f;
+  for (const auto& view : branches) {
+    const operand branch = describe("branch", view);
+    if (const auto f = find_layout_fault(branch)) return f;
+    for (int axis = 0; axis < 4; ++axis) {
+      if (const auto f = find_extent_fault(branch, axis, out.extent(axis), "that of out")) return f;
+    }
+    if (const auto f = find_overlap_fault(written, branch)) return f;
+  }
+  return {};
+}
+
+}  // namespace GQA_ISA
 }  // namespace detail
 
 inline namespace GQA_ISA {
@@ -62,10 +103,10 @@ void merge_disjoint(std::type_identity_t<std::span<const partial_state<const T>>
 }
 
 /// self <- self without the keys of `part`, of which self has seen all (not checked).
-/// \param part    [B, S, H, E]; it may share no memory with self
+/// \param part    [B, S, H, E]; it may share no memory with self, unless it is self
 /// \throws error  as merge()
-/// What part weighs of self, w, is lost in precision: the result errs by up to (1 + w) / (1 - w) times what the two
-/// err. Where nothing is left, to rounding, the result is the empty state.
+/// What part weighs of self, w, is lost in precision: errors of the two states come out 1 / (1 - w) times as large.
+/// Where nothing is left, to rounding, the result is the empty state.
 template <class T>
 void exclude(partial_state<T> self, std::type_identity_t<partial_state<const T>> part, context& ctx) {
   using A = accumulator_t<T>;
@@ -102,40 +143,23 @@ void gated_sum(std::type_identity_t<std::span<const tensor_view<const T, 4>>> br
                std::span<const tensor_view<const float, 3>> gates, tensor_view<Out, 4> out, context& ctx) {
   using A = accumulator_t<std::conditional_t<std::is_same_v<Out, double>, double, T>>;
   const auto find_fault = [&]() -> detail::fault {
-    const detail::operand written = detail::describe("out", out);
-    if (const auto f = detail::find_output_fault(written)) return f;
+    if (const auto f = detail::find_branches_fault<T>(branches, out)) return f;
     if (gates.size() != branches.size())
       return detail::make_fault(errc::shape, "gates: expected %zu (one a branch), got %zu", branches.size(),
                                 gates.size());
-    for (std::size_t i = 0; i < branches.size(); ++i) {
-      const detail::operand branch = detail::describe("branch", branches[i]);
-      if (const auto f = detail::find_layout_fault(branch)) return f;
-      for (int axis = 0; axis < 4; ++axis) {
-        if (const auto f = detail::find_extent_fault(branch, axis, out.extent(axis), "that of out")) return f;
-      }
-      if (const auto f = detail::find_overlap_fault(written, branch)) return f;
-      if (const auto f = detail::find_lse_fault("gate", gates[i], out)) return f;
-      if (const auto f = detail::find_overlap_fault(written, detail::describe_lse("gate", gates[i]))) return f;
+    for (const auto& gate : gates) {
+      if (const auto f = detail::find_lse_fault("gate", gate, out)) return f;
+      if (const auto f = detail::find_overlap_fault(detail::describe("out", out), detail::describe_lse("gate", gate)))
+        return f;
     }
     return {};
   };
   if (const auto fault = find_fault()) return detail::raise(fault);
   if (out.size() == 0) return;
-  const index_t q_len = out.extent(1), heads = out.extent(2), dim = out.extent(3);
-  ctx.for_each(out.extent(0) * q_len, [&](index_t task, index_t) {
-    const index_t b = task / q_len, s = task % q_len;
-    for (index_t h = 0; h < heads; ++h) {
-      Out* const to = &out(b, s, h, 0);
-      for (index_t e = 0; e < dim; ++e) {
-        A sum{0};
-        for (std::size_t i = 0; i < branches.size(); ++i) {
-          const A gate = static_cast<A>(gates[i](b, s, h));
-          if (gate != A{0}) sum = detail::scalar_madd(gate, static_cast<A>(branches[i](b, s, h, e)), sum);
-        }
-        to[e] = detail::stored<Out>(sum);
-      }
-    }
-  });
+  const auto gate_of = [&](std::size_t i, index_t b, index_t s, index_t h) {
+    return static_cast<A>(gates[i](b, s, h));
+  };
+  detail::sum_branches<A, T>(branches, gate_of, out, ctx);
 }
 
 /// out <- weight a + (1 - weight) b, of finished outputs [B, S, H, E].
@@ -145,12 +169,15 @@ void mix(tensor_view<const T, 4> a, std::type_identity_t<tensor_view<const T, 4>
          tensor_view<Out, 4> out, context& ctx) {
   if (!(weight >= 0 && weight <= 1))
     return detail::raise(detail::make_fault(errc::option, "weight: expected 0 to 1, got %g", weight));
-  const std::array<float, 2> weights{static_cast<float>(weight), static_cast<float>(1 - weight)};
-  const std::array<index_t, 3> extents{out.extent(0), out.extent(1), out.extent(2)};
-  const std::array<tensor_view<const float, 3>, 2> gates{tensor_view<const float, 3>(&weights[0], extents, {0, 0, 0}),
-                                                         tensor_view<const float, 3>(&weights[1], extents, {0, 0, 0})};
+  using A = accumulator_t<std::conditional_t<std::is_same_v<Out, double>, double, T>>;
   const std::array<tensor_view<const T, 4>, 2> both{a, b};
-  gated_sum<T>(both, gates, out, ctx);
+  if (const auto f = detail::find_branches_fault<T>(std::span<const tensor_view<const T, 4>>(both), out))
+    return detail::raise(f);
+  if (out.size() == 0) return;
+  const std::array<A, 2> weights{static_cast<A>(weight), static_cast<A>(1 - weight)};
+  detail::sum_branches<A, T>(
+      std::span<const tensor_view<const T, 4>>(both),
+      [&](std::size_t i, index_t, index_t, index_t) { return weights[i]; }, out, ctx);
 }
 
 }  // namespace GQA_ISA

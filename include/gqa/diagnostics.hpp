@@ -83,14 +83,21 @@ void attention_map(tensor_view<const Q, 4> q, tensor_view<const K, 4> k, tensor_
     const detail::call_shape shape{k.extent(0), q.extent(1), k.extent(1), q.extent(2), k.extent(2), k.extent(3), 1};
     if (const auto f = detail::find_extent_fault(queries, 0, shape.batch, "the batch of k")) return f;
     if (const auto f = detail::find_extent_fault(queries, 3, shape.head_dim, "the head dim of k")) return f;
+    if (shape.kv_heads < 1 || shape.q_heads < 1 || shape.head_dim < 1)
+      return detail::make_fault(errc::shape, "q, k: expected heads and head dims >= 1, got %lld, %lld heads of %lld",
+                                detail::printable(shape.q_heads), detail::printable(shape.kv_heads),
+                                detail::printable(shape.head_dim));
     if (const auto f = detail::find_options_fault(options, shape)) return f;
-    if (const auto f = detail::find_range_fault("range.batch", {range.batch, range.batch + 1}, shape.batch)) return f;
-    if (const auto f = detail::find_range_fault("range.q_head", {range.q_head, range.q_head + 1}, shape.q_heads))
-      return f;
+    if (range.batch < 0 || range.batch >= shape.batch || range.q_head < 0 || range.q_head >= shape.q_heads)
+      return detail::make_fault(errc::range,
+                                "range: expected a sequence below %lld and a head below %lld, got %lld, %lld",
+                                detail::printable(shape.batch), detail::printable(shape.q_heads),
+                                detail::printable(range.batch), detail::printable(range.q_head));
     if (const auto f = detail::find_range_fault("range.queries", range.queries, shape.q_len)) return f;
     if (const auto f = detail::find_range_fault("range.keys", range.keys, shape.kv_len)) return f;
-    if (weights.extent(0) != range.queries.size() || weights.extent(1) != range.keys.size())
-      return detail::make_fault(errc::shape, "weights: expected [%lld, %lld], got [%lld, %lld]",
+    if (weights.extent(0) != range.queries.size() || weights.extent(1) != range.keys.size() ||
+        (weights.size() > 0 && weights.data() == nullptr))
+      return detail::make_fault(errc::shape, "weights: expected memory for [%lld, %lld], got [%lld, %lld]",
                                 detail::printable(range.queries.size()), detail::printable(range.keys.size()),
                                 detail::printable(weights.extent(0)), detail::printable(weights.extent(1)));
     return {};
@@ -141,7 +148,9 @@ void attention_entropy(Q&& q_in, K&& k_in, const attention_options& options, ten
   std::vector<A> lse(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads, 0)));
   const partial_state<A> state{tensor_view<A, 4>(means.data(), {batch, q_len, heads, dim}),
                                tensor_view<A, 3>(lse.data(), {batch, q_len, heads})};
+  const detail::error_watch watch;
   attention(q, k, k, state, options, ctx);
+  if (watch.failed()) return;
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
   for (index_t b = 0; b < batch; ++b) {
     for (index_t s = 0; s < q_len; ++s) {
@@ -174,7 +183,9 @@ void attention_mass(Q&& q_in, const KV& kv, const Shown& shown, tensor_view<cons
                                tensor_view<A, 3>(part.data(), {batch, q_len, heads})};
   attention_options without_sinks = options;
   without_sinks.sinks = {};
+  const detail::error_watch watch;
   attention(q, kv, state, without_sinks, shown, ctx);
+  if (watch.failed()) return;
   for (index_t b = 0; b < batch; ++b) {
     for (index_t s = 0; s < q_len; ++s) {
       for (index_t h = 0; h < heads; ++h) {

@@ -103,5 +103,30 @@ inline void raise(const fault& f) {
 #endif
 }
 
+/// Notices errors that calls within a task raise. Where there are exceptions those end the task by themselves.
+class error_watch {
+ public:
+#ifdef GQA_NO_EXCEPTIONS
+  error_watch() noexcept : before_(last_error_of_thread()) {
+    last_error_of_thread() = errc::ok;
+  }
+  ~error_watch() {
+    if (!failed()) last_error_of_thread() = before_;
+  }
+  error_watch(const error_watch&) = delete;
+  error_watch& operator=(const error_watch&) = delete;
+  [[nodiscard]] bool failed() const noexcept {
+    return last_error_of_thread() != errc::ok;
+  }
+
+ private:
+  errc before_;
+#else
+  [[nodiscard]] static constexpr bool failed() noexcept {
+    return false;
+  }
+#endif
+};
+
 }  // namespace detail
 }  // namespace gqa

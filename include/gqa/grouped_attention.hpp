@@ -7,7 +7,7 @@
 /// pay, by a model of their cost, it is attention() itself, to the bit.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -52,6 +52,11 @@ void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& o
   require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
   if (const auto f = find_call_fault(q, kv, out, options.attention)) return raise(f);
   if (const auto f = find_grouped_fault(options)) return raise(f);
+  const auto is_far_off = [&](index_t offset) { return offset > position_limit - q.extent(1); };
+  if ((options.attention.query_offset && is_far_off(*options.attention.query_offset)) ||
+      std::any_of(options.attention.query_offsets.begin(), options.attention.query_offsets.end(), is_far_off))
+    return raise(
+        make_fault(errc::range, "options.attention.query_offset: expected positions below 2^60 for all queries"));
   if (report != nullptr) report->blocks.clear();
   if (output_view(out).size() == 0) return;
   grouped_runner<Q, KV, Out>(q, kv, out, options, report, ctx).run();
@@ -66,8 +71,9 @@ inline namespace GQA_ISA {
 /// \param out     [B, S, H, E], or a partial_state
 /// \param report  what each block did, where it is wanted
 /// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, ALiBi, windows
-/// Cost: of a block of n rows in C groups over T far keys C T (2 D + E) multiply-adds, instead of n T (D + E), and near
-/// keys exactly; keys and values are copied once, 64 MiB of them at a time.
+/// Cost: of a block of n rows in C groups over T far keys C T (2 D + E) multiply-adds, with improved_lse C T (3 D + E),
+/// and n k (D + E) on k top keys, instead of n T (D + E); near keys exactly. Keys and values are copied once, 64 MiB of
+/// them at a time or one KV head's, into memory that each call takes anew.
 template <tensor_like Q, kv_source KV, detail::attention_output Out>
 void grouped_attention(Q&& q, const KV& kv, Out&& out, const grouped_options& options, context& ctx,
                        grouped_report* report = nullptr) {

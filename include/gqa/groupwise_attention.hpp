@@ -36,31 +36,40 @@ namespace detail {
 [[nodiscard]] inline fault find_shared_scores_fault(const attention_options& scores) noexcept {
   if (scores.mask || scores.bias || !scores.alibi_slopes.empty() || scores.window.left != -1 ||
       scores.window.right != -1)
-    return make_fault(errc::option, "options: expected no mask, bias, ALiBi or window, which differ within a group");
+    return make_fault(errc::option,
+                      "attention options: expected no mask, bias, ALiBi or window, which differ within a group");
   return {};
 }
 [[nodiscard]] inline fault find_groupwise_fault(const attention_options& scores, const groupwise_options& o) noexcept {
   if (const auto f = find_shared_scores_fault(scores)) return f;
   if (o.top_keys < 0)
-    return make_fault(errc::option, "groupwise.top_keys: expected 0 or more, got %lld", printable(o.top_keys));
+    return make_fault(errc::option, "groupwise top_keys: expected 0 or more, got %lld", printable(o.top_keys));
+  if (o.form < groupwise_form::dense || o.form > groupwise_form::improved_lse)
+    return make_fault(errc::option, "groupwise form: expected one of the enumerators, got %d",
+                      static_cast<int>(o.form));
+  if (o.without.begin < 0 || o.without.begin > o.without.end || o.without.end > position_limit)
+    return make_fault(errc::option, "groupwise without: expected a range within [0, 2^60), got [%lld, %lld)",
+                      printable(o.without.begin), printable(o.without.end));
   if (o.form == groupwise_form::improved_lse && scores.softcap != 0)
-    return make_fault(errc::option, "options.softcap: expected 0 with improved_lse, got %g", scores.softcap);
+    return make_fault(errc::option, "softcap: expected 0 with improved_lse, got %g", scores.softcap);
   return {};
 }
 
 /// Groups [B * G] fit the pooled rows: q_len * group_size each, of head_dim elements.
 template <class A, class RowsOf>
 [[nodiscard]] fault find_groups_of_rows_fault(std::span<const query_groups<A>> groups, const call_shape& shape,
-                                              const RowsOf& rows_of) noexcept {
-  if (const auto f = find_count_fault("groups", groups, shape.batch * shape.kv_heads)) return f;
-  if (groups.empty()) return make_fault(errc::shape, "groups: expected a set for each KV head, got none");
+                                              const RowsOf& rows_of) {
+  if (groups.size() != static_cast<std::size_t>(shape.batch * shape.kv_heads))
+    return make_fault(errc::shape, "groups: expected %lld sets (one a sequence and KV head), got %zu",
+                      printable(shape.batch * shape.kv_heads), groups.size());
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const query_groups<A>& set = groups[i];
     const index_t rows = rows_of(static_cast<index_t>(i) % shape.kv_heads);
     if (set.rows() != rows || (rows > 0 && set.dim != shape.head_dim))
       return make_fault(errc::shape, "groups[%zu]: expected %lld rows of %lld elements, got %lld of %lld", i,
                         printable(rows), printable(shape.head_dim), printable(set.rows()), printable(set.dim));
-    if (!is_partition(set)) return make_fault(errc::range, "groups[%zu]: expected order and offsets of a partition", i);
+    if (rows > 0 && !is_partition(set))
+      return make_fault(errc::range, "groups[%zu]: expected order and offsets of a partition, members ascending", i);
   }
   return {};
 }
@@ -89,6 +98,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
   const index_t far_dim = shape.value_dim + (means ? shape.head_dim : 0), stride = round_up(shape.head_dim, 16);
   context* const contexts = ctx.detail_workers();
   ctx.for_each(shape.batch * shape.kv_heads, [&](index_t task, index_t worker) {
+    const error_watch watch;
     const index_t b = task / shape.kv_heads, g = task % shape.kv_heads, n = rows_of(g);
     if (n == 0) return;
     const query_groups<A>& own_groups = groups[static_cast<std::size_t>(task)];
@@ -96,6 +106,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const part_of_source<KV> own(kv, b, g, 1, keys);
     kv_cache<P> far(1, 1, keys, shape.head_dim, far_dim);
     kv_cache<A> top(1, 1, std::min(options.top_keys, keys), shape.head_dim, shape.value_dim);
+    if (watch.failed()) return;
     pack_head(own, means, 0, far);
 
     const typename group_attender<A>::shape dims{
@@ -110,7 +121,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     A* const lse = results + out_elements;
     const index_t head = p.first_head(g), heads = p.group_size(g);
     const point_rows<A> x = pool_queries<A>(q, b, {0, shape.q_len}, {head, head + heads}, rows);
-    const double any_radius = std::numeric_limits<double>::max();
+    const typename group_attender<A>::sharing any_radius;
     std::byte* const memory =
         calls.detail_workers()[0].detail_scratch(group_attender<A>::bytes(x, own_groups, dims, options, any_radius));
     if (memory == nullptr) return;
@@ -122,7 +133,8 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     } else {
       attender.run(far_head, far_head, seen, scores, top, results, lse, calls);
     }
-    constexpr A empty = -std::numeric_limits<A>::infinity();
+    if (watch.failed()) return;
+    constexpr A empty = minus_infinity<A>;
     for (index_t i = 0; i < n; ++i) {
       const index_t s = i / heads, h = head + i % heads;
       p.out.store(b, s, h, shape.value_dim, results + i * shape.value_dim, A{1}, lse[i] == empty ? A{0} : A{1});

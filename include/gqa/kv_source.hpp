@@ -37,8 +37,8 @@ namespace gqa {
 /// and, where it has them:
 ///   keys(), values()  views of its memory, which no output may overlap
 ///   rows(b, g, t), ahead(g, visit)
-///                     rows [t, t + 16) as they lie, for the kernel of few rows (detail/row_kernel.hpp), and the rows
-///                     that it asks for meanwhile
+///                     rows from t on as they lie, of which those of valid keys are read, 16 by the kernel of few rows
+///                     (detail/row_kernel.hpp); and the rows that it asks for meanwhile
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
 template <class S>
 concept kv_source = !tensor_like<S> && requires(const std::remove_cvref_t<S>& kv,

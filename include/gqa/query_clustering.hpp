@@ -2,8 +2,9 @@
 /// \file
 /// Query clustering: groups of rows (query_groups.hpp) by their contents, by labels or by a distance.
 ///
-/// Groups are functions of the rows, the options and the seed. They depend neither on threads nor, but for ties and
-/// the last bits of means, on the order of the rows: randomness is drawn from the contents of a row.
+/// Groups are functions of the rows, the options and the seed. They do not depend on threads, and those by content do
+/// not depend on the order of the rows but for ties and the last bits of means: randomness is drawn from what a row
+/// holds.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +23,9 @@ namespace gqa {
 namespace detail {
 
 [[nodiscard]] inline fault find_grouping_fault(const grouping_options& o) noexcept {
+  if (o.method < grouping_method::kmeans || o.method > grouping_method::random)
+    return make_fault(errc::option, "grouping method: expected one of the enumerators, got %d",
+                      static_cast<int>(o.method));
   const bool covers = o.method == grouping_method::cover;
   if (o.groups < (covers ? 0 : 1))
     return make_fault(errc::option, "options.groups: expected %d or more, got %lld", covers ? 0 : 1,
@@ -79,8 +83,9 @@ inline namespace GQA_ISA {
 
 /// Groups rows [n, D], any stride between rows, by their contents. Rows that are not finite make a group of their own.
 /// \throws error (errc::option, errc::shape, errc::stride); groups is untouched then
-/// Cost: kmeans and hashed n groups D multiply-adds an iteration at the speed of a matrix product, cover and the seeds
-/// of kmeans n groups D at that of L2, balanced and random n D; scratch of 2 n D elements in the context.
+/// Cost: kmeans n groups D multiply-adds an iteration at the speed of a matrix product, cover and the seeds of kmeans n
+/// groups D at that of L2, hashed one product n bits D and n groups popcounts an iteration, balanced and random n D.
+/// Scratch, in the context, of some 3 n D elements.
 template <class T>
 void group_queries(tensor_view<const T, 2> rows, const grouping_options& options,
                    query_groups<accumulator_t<T>>& groups, context& ctx) {

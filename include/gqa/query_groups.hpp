@@ -8,6 +8,7 @@
 /// delta = |scale| r R, but for what a softmax does not see, and their attention weights by 2 tanh(delta / 2) in all.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -44,7 +45,7 @@ struct query_groups {
 
 namespace detail {
 
-/// Whether order and offsets are those of a partition, and the other members have its size.
+/// Whether order and offsets are those of a partition, ascending within a group, and the rest has its size.
 template <class A>
 [[nodiscard]] bool is_partition(const query_groups<A>& g) {
   const auto groups = static_cast<std::size_t>(g.size());
@@ -52,7 +53,9 @@ template <class A>
       g.representatives.size() != groups * static_cast<std::size_t>(g.dim))
     return false;
   for (std::size_t j = 0; j < groups; ++j) {
-    if (g.offsets[j + 1] <= g.offsets[j]) return false;
+    if (g.offsets[j + 1] <= g.offsets[j] || g.offsets[j + 1] > g.rows()) return false;
+    const auto members = g.members(static_cast<index_t>(j));
+    if (!std::is_sorted(members.begin(), members.end())) return false;
   }
   std::vector<bool> seen(g.order.size());
   for (const index_t i : g.order) {
@@ -75,7 +78,7 @@ enum class grouping_method {
 struct grouping_options {
   grouping_method method = grouping_method::kmeans;
   index_t groups = {};     ///< how many, fewer where rows are equal; of cover at most, 0: as many as it takes
-  double radius = {};      ///< cover: no row farther than this from its representative
+  double radius = {};      ///< cover: until no row is farther than this from its representative
   index_t iterations = 4;  ///< kmeans, hashed: at most; fewer where nothing changes
   index_t hash_bits = 63;  ///< hashed: projections, 1 to 64
   bool means = {};         ///< cover: a group's mean instead of its centre, where that is nearer to the farthest member

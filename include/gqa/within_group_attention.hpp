@@ -126,6 +126,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
   if (const auto f = find_groups_of_rows_fault(groups, shape, rows_of)) return raise(f);
   context* const contexts = ctx.detail_workers();
   ctx.for_each(shape.batch * shape.kv_heads, [&](index_t task, index_t worker) {
+    const error_watch watch;
     const index_t b = task / shape.kv_heads, g = task % shape.kv_heads, n = rows_of(g);
     if (n == 0) return;
     const index_t length = options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
@@ -136,12 +137,14 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
     A* const row = rows + row_elements;
     const point_rows<A> x = pool_queries<A>(q, b, {0, shape.q_len}, {head, head + heads}, rows);
     within_groups<A> within(x, heads, p.query_offset(b, length), length, shape.value_dim, options);
+    if (watch.failed()) return;
     const part_of_source<KV> own(kv, b, g, 1, length);
     const auto attend_all = [&](const auto& keys) {
       const query_groups<A>& set = groups[static_cast<std::size_t>(task)];
       for (index_t j = 0; j < set.size(); ++j) {
         const auto members = set.members(j);
         within.attend(keys, members, contexts[worker].detail_workers()[0]);
+        if (watch.failed()) return;
         for (std::size_t m = 0; m < members.size(); ++m) {
           const index_t s = members[m] / heads, h = head + members[m] % heads;
           const A sink =
@@ -157,6 +160,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
       attend_all(own);
     } else {
       kv_cache<typename KV::panel_element> packed(1, 1, length, shape.head_dim, shape.value_dim);
+      if (watch.failed()) return;
       pack_head(own, false, 0, packed);
       attend_all(part_of_source<kv_cache<typename KV::panel_element>>(packed, 0, 0, 1, length));
     }

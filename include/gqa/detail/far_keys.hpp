@@ -107,9 +107,9 @@ void for_each_key(const Head& head, const key_interval& seen, index_t end, const
   }
 }
 
-/// The largest distance of one of those keys from their mean, rounded up.
+/// The largest distance of one of those keys from their mean, or else from 0, rounded up.
 template <class Head>
-[[nodiscard]] double spread_of(const Head& head, const key_interval& seen, index_t end) {
+[[nodiscard]] double spread_of(const Head& head, const key_interval& seen, index_t end, bool from_mean) {
   using P = typename Head::panel_element;
   const index_t dim = head.head_dim();
   std::vector<double> mean(static_cast<std::size_t>(dim));
@@ -119,7 +119,7 @@ template <class Head>
     for (index_t d = 0; d < dim; ++d)
       mean[static_cast<std::size_t>(d)] += static_cast<double>(panel[key_index<P>(t, d)]);
   });
-  for (double& x : mean) x /= static_cast<double>(std::max<index_t>(count, 1));
+  for (double& x : mean) x = from_mean ? x / static_cast<double>(std::max<index_t>(count, 1)) : 0;
   double largest = 0;
   for_each_key(head, seen, end, [&](const P* panel, index_t t) {
     double sum = 0;

@@ -81,9 +81,15 @@ class group_attender {
     index_t keys, seen_keys;  // of the head, and those of them that are attended to
   };
 
+  /// Groups that share.
+  struct sharing {
+    double largest_radius = std::numeric_limits<double>::max();
+    bool alone_too = false;  // also those of one row, whose result may not depend on whether others join it
+  };
+
   group_attender(const point_rows<A>& rows, const query_groups<A>& groups, const shape& dims,
-                 const groupwise_options& options, double largest_radius, std::byte* memory) noexcept
-      : x_(rows), groups_(groups), dims_(dims), options_(options), largest_radius_(largest_radius) {
+                 const groupwise_options& options, const sharing& shared, std::byte* memory) noexcept
+      : x_(rows), groups_(groups), dims_(dims), options_(options), sharing_(shared) {
     for (index_t j = 0; j < groups.size(); ++j) {
       const auto members = static_cast<index_t>(groups.members(j).size());
       counts_.groups += shares(j) ? 1 : 0;
@@ -96,8 +102,8 @@ class group_attender {
 
   /// Scratch needed.
   [[nodiscard]] static std::size_t bytes(const point_rows<A>& rows, const query_groups<A>& groups, const shape& dims,
-                                         const groupwise_options& options, double largest_radius) noexcept {
-    group_attender measured(rows, groups, dims, options, largest_radius, nullptr);
+                                         const groupwise_options& options, const sharing& shared) noexcept {
+    group_attender measured(rows, groups, dims, options, shared, nullptr);
     return measured.bytes_;
   }
 
@@ -152,8 +158,8 @@ class group_attender {
   }
   [[nodiscard]] index_t tiles() const noexcept { return ceil_div(dims_.keys, tile_tokens); }
   [[nodiscard]] bool shares(index_t j) const noexcept {
-    return options_.form != groupwise_form::dense && groups_.members(j).size() > 1 &&
-           static_cast<double>(groups_.radius(j)) <= largest_radius_;
+    return options_.form != groupwise_form::dense && (sharing_.alone_too || groups_.members(j).size() > 1) &&
+           static_cast<double>(groups_.radius(j)) <= sharing_.largest_radius;
   }
   [[nodiscard]] double scale_of(const attention_options& scores) const noexcept {
     return scores.scale.value_or(1.0 / std::sqrt(static_cast<double>(dims_.head_dim)));
@@ -275,7 +281,7 @@ class group_attender {
   const query_groups<A>& groups_;
   shape dims_;
   const groupwise_options& options_;
-  double largest_radius_ = 0;
+  sharing sharing_;
   groupwise_counts counts_;
   index_t top_ = 0, most_members_ = 0;
   std::size_t bytes_ = 0;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -67,7 +68,7 @@ class grouped_runner {
       for (const block& b : blocks_) report_->blocks.push_back(empty_report(b));
     }
     run_grouped();
-    run_exact();
+    if (!failed_) run_exact();
   }
 
  private:
@@ -116,6 +117,11 @@ class grouped_runner {
     return problem_.value_dim + (needs_means() ? problem_.head_dim : 0);
   }
   [[nodiscard]] index_t rows_of(const block& k) const noexcept { return (k.end - k.begin) * group_size(k.g); }
+  /// Rows that decisions go by: of a strict call's blocks all that there may be, for it may not matter how many tokens
+  /// follow.
+  [[nodiscard]] index_t planned_rows(const block& k) const noexcept {
+    return options_.strict_causal ? std::min(options_.block, problem_.kv_len) * group_size(k.g) : rows_of(k);
+  }
   [[nodiscard]] index_t far_keys(const block& k) const noexcept { return seen_keys(k) - k.near.size(); }
   [[nodiscard]] bool covers() const noexcept {
     return options_.tolerance.has_value() || options_.grouping.method == grouping_method::cover;
@@ -128,7 +134,7 @@ class grouped_runner {
 
   /// Groups of a block's rows that are asked for; of a cover at most.
   [[nodiscard]] index_t wanted_groups(const block& k) const noexcept {
-    const index_t rows = rows_of(k);
+    const index_t rows = planned_rows(k);
     if (options_.grouping.groups > 0) return std::min(options_.grouping.groups, rows);
     if (!covers()) return std::max<index_t>(rows / 32, 1);
     if (options_.always_group) return rows;
@@ -143,7 +149,7 @@ class grouped_runner {
   [[nodiscard]] bool pays(const block& k, index_t groups, index_t alone) const noexcept {
     if (options_.always_group) return far_keys(k) > 0;
     if (options_.groupwise.form == groupwise_form::dense) return false;
-    const auto n = static_cast<double>(rows_of(k)), far = static_cast<double>(far_keys(k));
+    const auto n = static_cast<double>(planned_rows(k)), far = static_cast<double>(far_keys(k));
     const auto dim = static_cast<double>(problem_.head_dim), shared = static_cast<double>(groups);
     const double top = options_.groupwise.form == groupwise_form::clustered
                            ? 0
@@ -152,11 +158,10 @@ class grouped_runner {
         (shared + static_cast<double>(alone)) * far * (dim + static_cast<double>(far_value_dim())) +
         (top > 0 ? shared * far * dim : 0) + n * top * dims() + shared * top * dims() * cost_of_gathered;
     const double seeding = covers() ? n : std::min(n, 8 * shared);
-    const auto iterations = static_cast<double>(covers() ? 0 : options_.grouping.iterations + 1);
+    const double iterations = covers() ? 0 : static_cast<double>(options_.grouping.iterations) + 1;
     const double grouping = dim * (n * shared * iterations + seeding * shared * cost_of_seeded);
     const double rows = n * dims() * cost_of_row_element;
-    const auto blocks = static_cast<double>(std::max<index_t>(problem_.q_len / options_.block, 1));
-    const double packing = far * (dim + static_cast<double>(far_value_dim())) * cost_of_packed / blocks;
+    const double packing = far * (dim + static_cast<double>(far_value_dim())) * cost_of_packed;
     return attending + grouping + rows + packing < paying_share * n * far * dims();
   }
 
@@ -202,13 +207,13 @@ class grouped_runner {
       return slice(out_);
     }
   }
-  /// The call's options for queries from `begin` on of sequence b and heads [head, head + heads), one KV head of them
-  /// or all.
-  [[nodiscard]] attention_options options_of(index_t b, index_t begin, index_t head, index_t heads) const noexcept {
+  /// The call's options for queries from `begin` on of sequence b and of KV heads [g, g + kv_heads), one or all.
+  [[nodiscard]] attention_options options_of(index_t b, index_t begin, index_t g, index_t kv_heads) const noexcept {
+    const index_t head = first_head(g), heads = head_end(g + kv_heads - 1) - head;
     attention_options o = options_.attention;
     o.query_offset = offset(b) + begin;
     o.query_offsets = {}, o.kv_lengths = {};
-    if (heads != problem_.q_heads) o.group_offsets = {};
+    if (kv_heads != problem_.kv_heads) o.group_offsets = {};
     if (!o.sinks.empty()) o.sinks = o.sinks.subspan(static_cast<std::size_t>(head), static_cast<std::size_t>(heads));
     return o;
   }
@@ -251,9 +256,14 @@ class grouped_runner {
   /// Queries from those of `first` to `end`, of KV heads [g, g + kv_heads).
   void attend_exactly(const block& first, index_t end, index_t g, index_t kv_heads) const {
     const index_t head = first_head(g), heads = head_end(g + kv_heads - 1) - head;
-    attention(queries(first.b, first.begin, end, head, heads),
-              part_of_source<KV>(kv_, first.b, g, kv_heads, first.keys),
-              outputs(first.b, first.begin, end, head, heads), options_of(first.b, first.begin, head, heads), ctx_);
+    const auto q = queries(first.b, first.begin, end, head, heads);
+    const part_of_source<KV> kv(kv_, first.b, g, kv_heads, first.keys);
+    const auto out = outputs(first.b, first.begin, end, head, heads);
+    const attention_options options = options_of(first.b, first.begin, g, kv_heads);
+    // Few rows of plain tensors are read in place by a kernel of their own. Which of the two a row takes may not depend
+    // on what its neighbours decided: a mask that hides nothing keeps short runs of a long call to the kernel of tiles.
+    if (problem_.q_len > end - first.begin) return attention(q, kv, out, options, key_interval({0, 0}, false), ctx_);
+    attention(q, kv, out, options, ctx_);
   }
 
   // Grouped attention.
@@ -268,24 +278,26 @@ class grouped_runner {
       return x->b != y->b ? x->b < y->b : x->g != y->g ? x->g < y->g : x->begin > y->begin;
     });
     workers_.resize(static_cast<std::size_t>(ctx_.concurrency()));
-    for (std::size_t first = 0; first < work.size();) first = run_wave(work, first);
+    for (std::size_t first = 0; first < work.size() && !failed_;) first = run_wave(work, first);
   }
 
   /// Blocks from `first` on, as many KV heads as fit packed_bytes; returns where it stopped.
   std::size_t run_wave(const std::vector<block*>& work, std::size_t first) {
     std::vector<std::size_t> heads;  // the first block of each
-    double bytes = 0;
     index_t most_keys = 0;
     std::size_t end = first;
     for (; end < work.size(); ++end) {
       const block& k = *work[end];
       if (end > first && k.b == work[end - 1]->b && k.g == work[end - 1]->g) continue;
-      bytes += static_cast<double>(k.keys * (problem_.head_dim + far_value_dim()) * index_t{sizeof(P)});
+      const index_t keys = std::max(most_keys, k.keys);
+      const double bytes = static_cast<double>(heads.size() + 1) * static_cast<double>(keys) *
+                           (dims() + static_cast<double>(far_value_dim() - problem_.value_dim)) * sizeof(P);
       if (bytes > packed_bytes && !heads.empty()) break;
       heads.push_back(end);
-      most_keys = std::max(most_keys, k.keys);
+      most_keys = keys;
     }
     kv_cache<P> far(static_cast<index_t>(heads.size()), 1, most_keys, problem_.head_dim, far_value_dim());
+    if (far.batch() == 0) return fail(), work.size();
     ctx_.for_each(static_cast<index_t>(heads.size()), [&](index_t n, index_t) {
       const block& k = *work[heads[static_cast<std::size_t>(n)]];
       pack_head(part_of_source<KV>(kv_, k.b, k.g, 1, k.keys), needs_means(), n, far);
@@ -304,6 +316,7 @@ class grouped_runner {
   /// One block: the five steps; false, and nothing written, if its groups do not pay. `far`: its head's keys, packed.
   template <class Far>
   bool attend_block(const block& k, const Far& far, worker_state& own, context& ctx) {
+    const error_watch watch;
     context& calls = ctx.detail_workers()[0];
     const index_t n = rows_of(k), stride = round_up(problem_.head_dim, 16), value_dim = problem_.value_dim;
     const index_t before = options_.strict_causal ? std::min(k.begin, options_.block) * group_size(k.g) : 0;
@@ -311,7 +324,7 @@ class grouped_runner {
     const index_t elements =
         part(n * stride) + part(before * stride) + 2 * (part(n * value_dim) + part(n)) + part(value_dim);
     A* at = reinterpret_cast<A*>(ctx.detail_scratch(static_cast<std::size_t>(elements) * sizeof(A)));
-    if (at == nullptr) return false;
+    if (at == nullptr) return fail();
     const auto take = [&at, &part](index_t count) { return std::exchange(at, at + part(count)); };
     A* const rows = take(n * stride);
     A* const rows_before = take(before * stride);
@@ -320,14 +333,17 @@ class grouped_runner {
     // 1. Define query groups.
     const point_rows<A> x = pool(k, k.begin, k.end, rows);
     const double radius = largest_radius(k, far);
-    if (!find_groups(k, x, rows_before, radius, own, calls)) return false;
-    const double shared_radius = options_.strict_causal ? std::numeric_limits<double>::max() : radius;
+    const bool finds = find_groups(k, x, rows_before, radius, own, calls);
+    if (watch.failed()) return fail();
+    if (!finds) return false;
+    typename group_attender<A>::sharing sharing{radius};
+    if (options_.strict_causal) sharing = {std::numeric_limits<double>::max(), true};  // too far rows are apart already
     const attention_options& scores = options_.attention;
     const typename group_attender<A>::shape dims{problem_.head_dim, value_dim, far_value_dim(), k.keys, far_keys(k)};
     std::byte* const memory = calls.detail_workers()[0].detail_scratch(
-        group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, shared_radius));
-    if (memory == nullptr) return false;
-    group_attender<A> attender(x, own.groups, dims, options_.groupwise, shared_radius, memory);
+        group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, sharing));
+    if (memory == nullptr) return fail();
+    group_attender<A> attender(x, own.groups, dims, options_.groupwise, sharing, memory);
     // Nothing about a block of a strict call is decided by all of its rows.
     const auto found = attender.counts();
     if (!options_.strict_causal && !pays(k, found.groups, found.alone)) return false;
@@ -335,6 +351,7 @@ class grouped_runner {
     // 2. Group-wise attention to the far keys.
     if (!own.top)
       own.top.emplace(1, 1, std::min(options_.groupwise.top_keys, problem_.kv_len), problem_.head_dim, value_dim);
+    if (watch.failed()) return fail();
     const part_of_source<Far> far_part(far, 0, 0, 1, seen_keys(k));
     const auto attend_far = [&](const auto& single_keys) {
       attender.run(far_part, single_keys, key_interval(k.near, false), scores, *own.top, states.far, states.far_lse,
@@ -347,9 +364,16 @@ class grouped_runner {
     }
     // 3. Local attention to the near ones.
     attend_near(k, states, calls);
+    if (watch.failed()) return fail();
     // 4. and 5. Combine the scores, apply.
     write(k, states);
     if (report_ != nullptr) describe(k, own.groups, attender, far);
+    return true;
+  }
+
+  /// Without exceptions: an error was raised, and nothing more is done. (True: nor by the exact kernel.)
+  bool fail() noexcept {
+    failed_ = true;
     return true;
   }
 
@@ -430,17 +454,22 @@ class grouped_runner {
     return true;
   }
 
+  /// How far scores of rows one unit apart differ, but for what the softmax does not see. A softcap sees all of it.
+  template <class Far>
+  [[nodiscard]] double spread(const block& k, const Far& far) const {
+    return spread_of(far, key_interval(k.near, false), seen_keys(k), options_.attention.softcap == 0);
+  }
   /// The radius of a group whose members' weights are off by at most the tolerance.
   template <class Far>
   [[nodiscard]] double largest_radius(const block& k, const Far& far) const {
     if (!options_.tolerance) return std::numeric_limits<double>::max();
-    const double reach = std::abs(scale()) * spread_of(far, key_interval(k.near, false), seen_keys(k));
+    const double reach = std::abs(scale()) * spread(k, far);
     const double delta = 2 * std::atanh(std::min(*options_.tolerance / 2, 1 - 0x1p-53));
     return reach == 0 ? std::numeric_limits<double>::max() : delta / reach;
   }
   void attend_near(const block& k, const block_states& states, context& calls) const {
     const index_t head = first_head(k.g), heads = group_size(k.g), queries_of = k.end - k.begin;
-    attention_options o = options_of(k.b, k.begin, head, heads);
+    attention_options o = options_of(k.b, k.begin, k.g, 1);
     o.sinks = {};
     const partial_state<A> state{tensor_view<A, 4>(states.near, {1, queries_of, heads, problem_.value_dim}),
                                  tensor_view<A, 3>(states.near_lse, {1, queries_of, heads})};
@@ -484,7 +513,7 @@ class grouped_runner {
     r.groups = counts.groups, r.alone = counts.alone;
     r.products = counts.products;
     r.exact_products = static_cast<double>(rows_of(k)) * static_cast<double>(far_keys(k)) * dims();
-    const double reach = std::abs(scale()) * spread_of(far, key_interval(k.near, false), seen_keys(k));
+    const double reach = std::abs(scale()) * spread(k, far);
     index_t sharing = 0;
     attender.for_each_shared([&](index_t j, double retained) {
       const auto members = static_cast<index_t>(groups.members(j).size());
@@ -507,6 +536,7 @@ class grouped_runner {
   call_shape problem_;
   std::vector<block> blocks_;  // by sequence, position, KV head
   std::vector<worker_state> workers_;
+  std::atomic<bool> failed_{false};
 };
 
 }  // namespace GQA_ISA

@@ -60,7 +60,10 @@ class packed_centres {
 
   /// Packs them into `memory`, which holds elements(count, dim).
   packed_centres(const point_rows<A>& centres, A* memory) noexcept
-      : panels_(memory), halves_(memory + tiles(centres) * tile_keys(centres.dim)), dim_(centres.dim) {
+      : panels_(memory),
+        halves_(memory + tiles(centres) * tile_keys(centres.dim)),
+        dim_(centres.dim),
+        count_(centres.count) {
     for (index_t first = 0; first < tiles(centres) * tile_tokens; first += panel_tokens) {
       const panel_range range{0, std::clamp<index_t>(centres.count - first, 0, panel_tokens)};
       pack_key_panel(centres.row(range.end > 0 ? first : 0), centres.stride, range, dim_,
@@ -106,7 +109,8 @@ class packed_centres {
           const A largest = max_lane<A>(top);
           if (i > 0 && !(largest > best[r])) continue;
           best[r] = largest;
-          nearest[first + r] = i * tile_tokens + first_equal(row, largest);
+          // (Rows or centres of NaN may compare equal where there is no centre.)
+          nearest[first + r] = std::min(i * tile_tokens + first_equal(row, largest), count_ - 1);
         }
       }
     }
@@ -127,7 +131,7 @@ class packed_centres {
 
   A* panels_;
   A* halves_;  // half the squared norms, +inf where there is no centre
-  index_t dim_, tiles_;
+  index_t dim_, count_, tiles_;
 };
 
 }  // namespace GQA_ISA

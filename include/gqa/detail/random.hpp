@@ -22,9 +22,9 @@ namespace gqa::detail {
   return mix_bits(seed + 0x9e3779b97f4a7c15u * (n + 1));
 }
 
-/// Uniform in (0, 1), ends excluded, from 53 of the bits.
+/// Uniform in (0, 1), ends excluded, from 52 of the bits: with 53 the last one would round to 1.
 [[nodiscard]] constexpr double to_uniform(std::uint64_t bits) noexcept {
-  return (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
+  return (static_cast<double>(bits >> 12) + 0.5) * 0x1p-52;
 }
 
 /// Standard normal (Box and Muller 1958).

@@ -2,8 +2,9 @@
 /// \file
 /// The algorithms behind query_clustering.hpp: labels of rows, then groups from labels.
 ///
-/// All are loops over chunks of rows at fixed places, whose results meet in ascending order, so threads change nothing.
-/// Rows whose squared norm is not finite take no part: they would make every mean and distance they touch NaN.
+/// What takes long are loops over chunks of rows at fixed places, whose results meet in ascending order, so threads
+/// change nothing; what does not is done by one. Rows whose squared norm is not finite take no part: they would make
+/// every mean and distance they touch NaN.
 #pragma once
 
 #include <algorithm>
