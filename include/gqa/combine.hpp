@@ -133,9 +133,10 @@ void exclude(partial_state<T> self, std::type_identity_t<partial_state<const T>>
   });
 }
 
-/// out <- the sum over branches i of gates[i](b, s, h) times branches[i](b, s, h, :). A gate of 0 leaves its branch
-/// out, NaN or not. \param branches  [B, S, H, E] each, finished outputs \param gates     one for each branch, [B, S,
-/// H], any strides, 0 to share one \param out       [B, S, H, E], apart from the branches and the gates in memory
+/// out <- the sum over branches of gates[i](b, s, h) times branches[i](b, s, h, :). A gate of 0 leaves its branch out.
+/// \param branches  [B, S, H, E] each, finished outputs
+/// \param gates     one for each branch, [B, S, H], any strides, 0 to share one
+/// \param out       [B, S, H, E], apart from the branches and the gates in memory
 /// \throws error    (errc::shape, errc::stride) for anything that does not fit, before anything is written
 /// Cost: reads every branch once, in accumulator precision, and rounds once.
 template <class T, class Out>

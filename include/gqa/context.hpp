@@ -133,7 +133,8 @@ class context {
     return scratch_.at_least(bytes, "scratch");
   }
 
-  /// Internal: a serial context for each worker, for calls made within tasks; their memory stays, too. Not from tasks.
+  /// Internal: a serial context for each worker, for calls made within tasks; their memory stays, too. Not from tasks
+  /// of this context; a task may ask the one that it got here.
   [[nodiscard]] context* detail_workers() {
     const index_t count = concurrency();
     if (count > worker_count_) workers_ = std::make_unique<context[]>(static_cast<std::size_t>(count));

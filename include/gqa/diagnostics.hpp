@@ -4,8 +4,9 @@
 ///
 ///     attention_map()      weights of some queries on some keys, rebuilt from their log-sum-exps
 ///     attention_entropy()  of every query's weights, in one pass over the keys
-///     attention_mass()     how much of every query's weight lies on the keys that a mask shows: a window, sinks, a
-///     group head_similarity()    how alike the heads of a KV group are compare()            an output against another
+///     attention_mass()     how much of every query's weight lies on the keys that a mask shows
+///     head_similarity()    how alike the heads of a KV group are
+///     compare()            an output against another
 /// Groups report on themselves: grouped_report (grouped_options.hpp).
 #pragma once
 
@@ -165,10 +166,15 @@ void attention_entropy(Q&& q_in, K&& k_in, const attention_options& options, ten
   }
 }
 
-/// How much of every query's weight lies on the keys that `shown` leaves visible, a variant that hides
-/// (local_masks.hpp, or one of your own): exp(lse of those - lse), 0 for a query that sees nothing. \param kv source of
-/// the call \param lse      [B, S, H], of the call, sinks included \param options  of the call \param mass     [B, S,
-/// H] \throws error   as attention() Cost: that of attention over those keys, and scratch of B S H E elements.
+/// How much of every query's weight lies on the keys that `shown` leaves visible: exp(lse of those - lse), and 0 for
+/// a query that sees nothing.
+/// \param kv       source of the call
+/// \param shown    a variant that hides: a window, sinks, blocks (local_masks.hpp), or one of your own
+/// \param lse      [B, S, H], of the call, sinks included
+/// \param options  of the call
+/// \param mass     [B, S, H]
+/// \throws error   as attention()
+/// Cost: that of attention over those keys, and scratch of B S H E elements.
 template <tensor_like Q, kv_source KV, attention_variant Shown, class L, class M>
 void attention_mass(Q&& q_in, const KV& kv, const Shown& shown, tensor_view<const L, 3> lse,
                     const attention_options& options, tensor_view<M, 3> mass, context& ctx) {

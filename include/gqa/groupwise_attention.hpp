@@ -151,9 +151,9 @@ inline namespace GQA_ISA {
 /// The state of q [B, S, H, D] over all valid keys of a source, by groups.
 /// \param groups   [B * G], of sequence b and KV head g at b G + g: of its rows s * group_size + h
 /// \param out      [B, S, H, E], a state; over 16-bit keys a partial_state<float>
-/// \param scores   scale, softcap, kv_lengths, group_offsets; offsets mean nothing here, sinks belong to a merge of
-/// states \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit Cost:
-/// detail/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a time.
+/// \param scores   scale, softcap, kv_lengths, group_offsets; offsets mean nothing here, sinks belong to a merge
+/// \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit
+/// Cost: detail/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a time.
 template <tensor_like Q, kv_source KV, class T, class A>
 void groupwise_attention(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, const partial_state<T>& out,
                          const attention_options& scores, const groupwise_options& options, context& ctx) {
