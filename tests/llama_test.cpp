@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -120,6 +121,32 @@ TEST(Llama, TeacherForcedLossIsTheStoredOne) {
   }
 }
 
+// The loss that the program prints.
+double loss_of(const std::string& more) {
+  const outcome o = run_program(of_model("--loss " + test_data_folder() + "/text/tinystories_sample.txt " + more));
+  EXPECT_EQ(o.exit_code, 0) << o.err;
+  double loss = -1;
+  EXPECT_EQ(std::sscanf(o.out.c_str(), "%*d tokens, loss %lf", &loss), 1) << o.out;
+  return loss;
+}
+TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
+  GQA_NEED_TEST_DATA();
+  const double exact = loss_of("--steps 512");
+  EXPECT_GT(exact, 0.5);
+  EXPECT_LT(exact, 2);
+  const std::string grouped = "--steps 512 --attention grouped --always 1 --block 64 --window 32 ";
+  EXPECT_NEAR(loss_of(grouped + "--tolerance 0"), exact, 1e-5);
+  EXPECT_NEAR(loss_of(grouped + "--top-keys 512 --groups 4"), exact, 1e-5);
+  EXPECT_NEAR(loss_of("--steps 512 --attention local --window 512"), exact, 1e-5);
+  // And are not elsewhere; few groups lose more than many.
+  const double few = loss_of(grouped + "--groups 2 --top-keys 0"), many = loss_of(grouped + "--groups 64 --top-keys 8");
+  EXPECT_GT(few, exact + 1e-4);
+  EXPECT_LT(std::abs(many - exact), std::abs(few - exact));
+  EXPECT_GT(std::abs(loss_of("--steps 512 --attention local --window 8") - exact), 1e-2);
+  const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
+  EXPECT_EQ(run_program(of_model("--steps 200 --attention grouped")).out, expected);
+}
+
 TEST(Llama, TokensOfATextSpellIt) {
   GQA_NEED_TEST_DATA();
   const llama::tokenizer pieces(tokenizer_file(), 512);
@@ -142,7 +169,9 @@ TEST(Llama, ExplainsItselfAndRefusesBadOptions) {
   for (const char* const bad : {"", "--model", "--model x", "--nonsense 3", "--model x --tokenizer y --steps -1",
                                 "--model x --tokenizer y --steps 1e3", "--model x --tokenizer y --temperature nan",
                                 "--model x --tokenizer y --temperature -1", "--model x --tokenizer y --threads 0",
-                                "--model x --tokenizer y --seed -1"}) {
+                                "--model x --tokenizer y --seed -1", "--model x --tokenizer y --attention all",
+                                "--model x --tokenizer y --window 0", "--model x --tokenizer y --tolerance 3",
+                                "--model x --tokenizer y --groups x", "--model x --tokenizer y --always 2"}) {
     const outcome o = run_program(bad);
     EXPECT_EQ(o.exit_code, 2) << bad;
     EXPECT_EQ(o.out, "") << bad;

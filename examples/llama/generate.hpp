@@ -40,6 +40,20 @@ class sampler {
   std::vector<double> weights_;
 };
 
+// Mean loss, in nats a token, of foretelling each token of a text from those before it, all in one prefill.
+inline double mean_loss(model& m, std::span<const int> tokens) {
+  if (tokens.size() < 2) return 0;
+  const auto fed = tokens.first(tokens.size() - 1);
+  const Eigen::MatrixXd logits = m.forward(fed, static_cast<int>(fed.size())).cast<double>();
+  double loss = 0;
+  for (Eigen::Index i = 0; i < logits.rows(); ++i) {
+    const auto row = logits.row(i).array();
+    const double top = row.maxCoeff();
+    loss += top + std::log((row - top).exp().sum()) - row[tokens[static_cast<std::size_t>(i) + 1]];
+  }
+  return loss / static_cast<double>(fed.size());
+}
+
 // Fills `steps` positions: the tokens of `prompt` (BOS first) in one prefill, then one new token after another until
 // the model ends the text. `emit(previous, token)` hears of every token after BOS. Returns the positions run.
 template <class Emit>

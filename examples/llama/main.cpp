@@ -7,12 +7,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
+#include <vector>
 
 #include <gqa/gqa.hpp>
 
@@ -36,18 +39,36 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
   --temperature X     0 takes the likeliest token, 1 samples as trained (default 1)
   --seed S            of the sampling (default 0)
   --threads T         of matrix products and attention (default: the machine's)
+  --loss FILE         no text: the mean loss over N tokens of a file, which is repeated if it has fewer; beyond the
+                      positions of the model's training, too
+  --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
+                      groups of queries, in prefill
+  --window N          near keys (default 256)
+  --block N           grouped: queries grouped at a time (default 256)
+  --groups N          grouped: of a block's queries of a KV head (default: one for 32)
+  --top-keys N        grouped: keys that every query of a group meets by itself (default 64)
+  --tolerance X       grouped: as many groups as it takes for weights to be off by no more in all, instead of --groups
+  --always 0|1        grouped: also where the exact kernel would be faster (default 0)
   --help              this text
 
 Exit code: 0, or 2 for bad options and for files that are missing, truncated or absurd.
 )";
 
 struct options {
-  std::string model, tokenizer, prompt;
+  std::string model, tokenizer, prompt, loss;
   int steps = 256;
   double temperature = 1;
   std::uint64_t seed = 0;
   int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  llama::attention_choice attention;
 };
+
+llama::attention_kind attention_kind(std::string_view text) {
+  if (text == "exact") return llama::attention_kind::exact;
+  if (text == "grouped") return llama::attention_kind::grouped;
+  if (text == "local") return llama::attention_kind::local;
+  throw std::invalid_argument("--attention: not exact, grouped or local: '" + std::string(text) + "'");
+}
 
 template <class T>
 T number(std::string_view name, std::string_view text, T least, T most) {
@@ -60,6 +81,7 @@ T number(std::string_view name, std::string_view text, T least, T most) {
 
 // Nothing if help was asked for.
 std::optional<options> parse(int argc, char** argv) {
+  constexpr gqa::index_t most = 1 << 30;
   options o;
   for (int i = 1; i < argc; ++i) {
     const std::string_view name = argv[i];
@@ -80,6 +102,22 @@ std::optional<options> parse(int argc, char** argv) {
       o.seed = number(name, value, std::uint64_t{0}, ~std::uint64_t{0});
     } else if (name == "--threads") {
       o.threads = number(name, value, 1, 1024);
+    } else if (name == "--loss") {
+      o.loss = value;
+    } else if (name == "--attention") {
+      o.attention.kind = attention_kind(value);
+    } else if (name == "--window") {
+      o.attention.window = o.attention.grouped.window = number(name, value, gqa::index_t{1}, most);
+    } else if (name == "--block") {
+      o.attention.grouped.block = number(name, value, gqa::index_t{1}, most);
+    } else if (name == "--groups") {
+      o.attention.grouped.grouping.groups = number(name, value, gqa::index_t{1}, most);
+    } else if (name == "--top-keys") {
+      o.attention.grouped.groupwise.top_keys = number(name, value, gqa::index_t{0}, most);
+    } else if (name == "--tolerance") {
+      o.attention.grouped.tolerance = number(name, value, 0.0, 2.0);
+    } else if (name == "--always") {
+      o.attention.grouped.always_group = number(name, value, 0, 1) == 1;
     } else {
       throw std::invalid_argument(std::string(name) + ": unknown option; see --help");
     }
@@ -89,26 +127,47 @@ std::optional<options> parse(int argc, char** argv) {
   return o;
 }
 
+// The first `count` tokens of a file, again and again if it has fewer.
+std::vector<int> tokens_of_file(const std::string& path, const llama::tokenizer& pieces, std::size_t count) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (!file || text.empty()) throw std::runtime_error(path + ": cannot be read, or is empty");
+  std::vector<int> tokens = pieces.encode(text.substr(0, 16 * count));  // a token is some bytes: enough, and fast
+  const std::vector<int> once = tokens;
+  while (tokens.size() < count) tokens.insert(tokens.end(), once.begin(), once.end());
+  tokens.resize(count);
+  return tokens;
+}
+
 void run(const options& o) {
   const llama::checkpoint weights(o.model);
   const llama::tokenizer pieces(o.tokenizer, weights.sizes().vocab_size);
-  const int steps = std::min(o.steps, weights.sizes().max_positions);
+  const int steps = o.loss.empty() ? std::min(o.steps, weights.sizes().max_positions) : o.steps;
 
   std::unique_ptr<Eigen::ThreadPool> pool;
   if (o.threads > 1) pool = std::make_unique<Eigen::ThreadPool>(o.threads);
   const auto ctx = pool ? std::make_unique<gqa::context>(*pool) : std::make_unique<gqa::context>();
-  llama::model model(weights, steps, *ctx);
+  llama::model model(weights, steps, *ctx, o.attention);
   llama::sampler sample(o.temperature, o.seed);
 
   const auto start = std::chrono::steady_clock::now();
+  const auto seconds_since_start = [&start] {
+    return std::max(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 1e-9);
+  };
+  if (!o.loss.empty()) {
+    const std::vector<int> tokens = tokens_of_file(o.loss, pieces, static_cast<std::size_t>(steps));
+    const double loss = llama::mean_loss(model, tokens);
+    std::printf("%d tokens, loss %.6f, attention %.4f s\n", steps, loss, model.attention_seconds());
+    return;
+  }
   const int positions = llama::generate(model, sample, pieces.encode(o.prompt), steps, [&](int previous, int token) {
     const std::string text = pieces.decode(previous, token);
     std::fwrite(text.data(), 1, text.size(), stdout);
     std::fflush(stdout);
   });
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::fprintf(stderr, "\n%d positions, %.0f tokens/s, attention %.1f %% of the time\n", positions,
-               positions / std::max(seconds, 1e-9), 100 * model.attention_seconds() / std::max(seconds, 1e-9));
+  const double seconds = seconds_since_start();
+  std::fprintf(stderr, "\n%d positions, %.0f tokens/s, attention %.1f %% of the time\n", positions, positions / seconds,
+               100 * model.attention_seconds() / seconds);
 }
 
 }  // namespace

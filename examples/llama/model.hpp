@@ -20,11 +20,21 @@
 
 namespace llama {
 
+// How queries meet keys. Grouped: near keys exactly, the others by groups (docs/04_grouped_attention.md), where there
+// are enough queries at once to make groups. Local: only the `window` newest keys.
+enum class attention_kind { exact, grouped, local };
+struct attention_choice {
+  attention_kind kind = attention_kind::exact;
+  gqa::grouped_options grouped = {};
+  gqa::index_t window = 256;
+};
+
 class model {
  public:
   // Room for `positions` tokens of one sequence. The checkpoint and the context must outlive the model.
-  model(const checkpoint& from, int positions, gqa::context& ctx)
-      : from_(from), sizes_(from.sizes()), positions_(positions), ctx_(ctx) {
+  model(const checkpoint& from, int positions, gqa::context& ctx, const attention_choice& attention = {})
+      : from_(from), sizes_(from.sizes()), positions_(positions), ctx_(ctx), attention_(attention) {
+    attention_.grouped.attention.causal = true;
     for (int l = 0; l < sizes_.layers; ++l) caches_.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
     const int pairs = sizes_.head_dim() / 2;
     for (int p = 0; p < positions; ++p) {
@@ -80,8 +90,18 @@ class model {
     const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
     gqa::kv_cache<float>& cache = caches_[static_cast<std::size_t>(l)];
     cache.append(gqa::view(keys_.data(), {1, n, kv_heads, d}), gqa::view(values_.data(), {1, n, kv_heads, d}));
-    gqa::attention(gqa::view(queries_.data(), {1, n, heads, d}), cache, gqa::view(mixed_.data(), {1, n, heads, d}),
-                   {.causal = true}, ctx_);
+    const auto q = gqa::view(queries_.data(), {1, n, heads, d}), out = gqa::view(mixed_.data(), {1, n, heads, d});
+    switch (attention_.kind) {
+      case attention_kind::exact:
+        gqa::attention(q, cache, out, {.causal = true}, ctx_);
+        break;
+      case attention_kind::grouped:
+        gqa::grouped_attention(q, cache, out, attention_.grouped, ctx_);
+        break;
+      case attention_kind::local:
+        gqa::attention(q, cache, out, {.causal = true, .window = {attention_.window - 1, -1}}, ctx_);
+        break;
+    }
     attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 
     branch_.resize(n, sizes_.dim);
@@ -144,6 +164,7 @@ class model {
   const config sizes_;
   const int positions_;
   gqa::context& ctx_;
+  attention_choice attention_;
   std::vector<gqa::kv_cache<float>> caches_;        // a layer each
   std::vector<std::pair<float, float>> rotations_;  // [positions, head_dim / 2]: cosine, sine
   matrix x_, normal_, queries_, keys_, values_, mixed_, branch_, gate_, up_, logits_;
