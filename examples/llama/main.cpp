@@ -39,8 +39,8 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
   --temperature X     0 takes the likeliest token, 1 samples as trained (default 1)
   --seed S            of the sampling (default 0)
   --threads T         of matrix products and attention (default: the machine's)
-  --loss FILE         no text: the mean loss over N tokens of a file, which is repeated if it has fewer; beyond the
-                      positions of the model's training, too
+  --loss FILE         no text: the mean loss over --steps tokens of a file of stories, between which <|endoftext|>
+                      stands; repeated if it has fewer, and beyond the positions of the model's training, too
   --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
                       groups of queries, in prefill
   --window N          near keys (default 256)
@@ -127,12 +127,25 @@ std::optional<options> parse(int argc, char** argv) {
   return o;
 }
 
-// The first `count` tokens of a file, again and again if it has fewer.
+// The tokens of a file's stories, which <|endoftext|> separates, each after a token that begins a text; the first
+// `count` of them, again and again if there are fewer.
 std::vector<int> tokens_of_file(const std::string& path, const llama::tokenizer& pieces, std::size_t count) {
   std::ifstream file(path, std::ios::binary);
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   if (!file || text.empty()) throw std::runtime_error(path + ": cannot be read, or is empty");
-  std::vector<int> tokens = pieces.encode(text.substr(0, 16 * count));  // a token is some bytes: enough, and fast
+  constexpr std::string_view separator = "<|endoftext|>", blanks = " \t\r\n";
+  std::vector<int> tokens;
+  for (std::size_t begin = 0; begin < text.size() && tokens.size() < count;) {
+    const std::size_t end = std::min(text.find(separator, begin), text.size());
+    const std::string story = text.substr(begin, std::min(end - begin, 16 * count));  // a token is a few bytes
+    const std::size_t first = story.find_first_not_of(blanks);
+    if (first != std::string::npos) {
+      const auto more = pieces.encode(story.substr(first, story.find_last_not_of(blanks) - first + 1));
+      tokens.insert(tokens.end(), more.begin(), more.end());
+    }
+    begin = end + separator.size();
+  }
+  if (tokens.empty()) throw std::runtime_error(path + ": holds nothing but blanks");
   const std::vector<int> once = tokens;
   while (tokens.size() < count) tokens.insert(tokens.end(), once.begin(), once.end());
   tokens.resize(count);
