@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <vector>
 
@@ -30,14 +31,22 @@ std::vector<double> weights_of(const operands<float, float>& in) {
 
 const attention_case small{{2, 6, 70, 6, 2, 16, 8}, with_causal, layout::bshd};
 
-TEST(Diagnostics, MapsAreTheWeights) {
-  for (const unsigned options :
-       {0u, static_cast<unsigned>(with_causal), with_causal | with_softcap | with_bias | with_alibi,
-        with_window | with_mask | with_sinks | with_lengths | with_groups}) {
+// Calls f(operands, their weights) for the small case with each of the options.
+template <class F>
+void for_each_options(std::initializer_list<unsigned> all, const F& f) {
+  for (const unsigned options : all) {
     attention_case c = small;
     c.options = options;
+    SCOPED_TRACE(c.name());
     const operands<float, float> in(c);
-    const auto expected = weights_of(in);
+    f(in, weights_of(in));
+  }
+}
+
+TEST(Diagnostics, MapsAreTheWeights) {
+  const auto options = {0u, static_cast<unsigned>(with_causal), with_causal | with_softcap | with_bias | with_alibi,
+                        with_window | with_mask | with_sinks | with_lengths | with_groups};
+  for_each_options(options, [](const auto& in, const std::vector<double>& expected) {
     context ctx;
     auto result = run(in, ctx);
     std::vector<float> map(3 * 50);
@@ -47,19 +56,14 @@ TEST(Diagnostics, MapsAreTheWeights) {
       for (index_t s = 2; s < 5; ++s)
         for (index_t t = 20; t < 70; ++t)
           ASSERT_NEAR(map[static_cast<std::size_t>((s - 2) * 50 + t - 20)],
-                      expected[static_cast<std::size_t>(((6 + s) * 6 + h) * 70 + t)], 1e-5)
-              << c.name();
+                      expected[static_cast<std::size_t>(((6 + s) * 6 + h) * 70 + t)], 1e-5);
     }
-  }
+  });
 }
 
 TEST(Diagnostics, EntropyIsThatOfTheWeights) {
-  for (const unsigned options :
-       {0u, static_cast<unsigned>(with_causal), with_window | with_mask | with_lengths | with_scale}) {
-    attention_case c = small;
-    c.options = options;
-    const operands<float, float> in(c);
-    const auto weights = weights_of(in);
+  const auto options = {0u, static_cast<unsigned>(with_causal), with_window | with_mask | with_lengths | with_scale};
+  for_each_options(options, [](const auto& in, const std::vector<double>& weights) {
     std::vector<float> entropy(2 * 6 * 6, -1);
     context ctx;
     attention_entropy(in.q.view(), in.k.view(), in.options, tensor_view<float, 3>(entropy.data(), {2, 6, 6}), ctx);
@@ -69,17 +73,14 @@ TEST(Diagnostics, EntropyIsThatOfTheWeights) {
         const double w = weights[row * 70 + t];
         expected -= w > 0 ? w * std::log(w) : 0;
       }
-      ASSERT_NEAR(entropy[row], expected, 1e-4) << c.name();
+      ASSERT_NEAR(entropy[row], expected, 1e-4);
     }
-  }
+  });
 }
 
 TEST(Diagnostics, MassesAreSumsOfWeights) {
-  for (const unsigned options : {static_cast<unsigned>(with_causal), with_causal | with_sinks | with_softcap}) {
-    attention_case c = small;
-    c.options = options;
-    const operands<float, float> in(c);
-    const auto weights = weights_of(in);
+  const auto options = {static_cast<unsigned>(with_causal), with_causal | with_sinks | with_softcap};
+  for_each_options(options, [](const auto& in, const std::vector<double>& weights) {
     context ctx;
     auto result = run(in, ctx);
     const tensor_view<const float, 3> lse(result.lse.data(), {2, 6, 6});
@@ -99,7 +100,7 @@ TEST(Diagnostics, MassesAreSumsOfWeights) {
     expect(sliding_window(9, 0));
     expect(sinks_and_window(4, 0));
     expect(block_local(32));
-  }
+  });
 }
 
 TEST(Diagnostics, SimilarityIsTheMeanCosine) {

@@ -120,10 +120,10 @@ template <class Q, class Source, class Out>
   return find_overlap(out);
 }
 
-/// A checked call with queries and weights held in L.
-template <class L, class Q, class Source, class Out, class Variant>
-void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-               const attention_options& options, const Variant& variant, context& ctx) {
+/// A call without its element types, with queries and weights held in L.
+template <class L, class Q, class Source, class Out>
+[[nodiscard]] auto problem_of(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                              const attention_options& options) noexcept {
   using A = accumulator_t<typename Source::panel_element>;
   problem<A, L> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
                   options,
@@ -135,6 +135,14 @@ void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& ou
   } else {
     p.out = output_rows<A>::of(out);
   }
+  return p;
+}
+
+/// A checked call with queries and weights held in L.
+template <class L, class Q, class Source, class Out, class Variant>
+void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+               const attention_options& options, const Variant& variant, context& ctx) {
+  const auto p = problem_of<L>(q, kv, out_or_state, options);
   scheduler<Source, Variant, L>(p, kv, variant, ctx).run();
 }
 

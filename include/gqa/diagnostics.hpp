@@ -106,11 +106,8 @@ void attention_map(tensor_view<const Q, 4> q, tensor_view<const K, 4> k, tensor_
   if (const auto fault = find_fault()) return detail::raise(fault);
   constexpr detail::no_variant none;
   const index_t b = range.batch, h = range.q_head;
-  const auto at_b = static_cast<std::size_t>(b);
-  const index_t keys = options.kv_lengths.empty() ? k.extent(1) : options.kv_lengths[at_b];
-  const index_t offset = options.query_offset             ? *options.query_offset
-                         : !options.query_offsets.empty() ? options.query_offsets[at_b]
-                                                          : keys - q.extent(1);
+  const index_t keys = reference::impl::keys_of(options, b, k.extent(1));
+  const index_t offset = reference::impl::first_position(options, b, keys, q.extent(1));
   const index_t g = reference::impl::kv_head_of(options, h, q.extent(2), k.extent(2));
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.extent(3))));
   for (index_t s = range.queries.begin; s < range.queries.end; ++s) {

@@ -81,11 +81,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
                       const partial_state<T>& out, const attention_options& scores, const groupwise_options& options,
                       context& ctx) {
   using P = typename KV::panel_element;
-  const problem<A, A> p{
-      {kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
-      scores,
-      query_rows<A, A>::of(q),
-      output_rows<A>::of(out.out, out.lse)};
+  const auto p = problem_of<A>(q, kv, out, scores);
   const call_shape& shape = p.shape;
   const auto rows_of = [&](index_t g) { return shape.q_len * p.group_size(g); };
   if (const auto f = find_call_fault(q, kv, out, scores)) return raise(f);
@@ -102,7 +98,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const index_t b = task / shape.kv_heads, g = task % shape.kv_heads, n = rows_of(g);
     if (n == 0) return;
     const query_groups<A>& own_groups = groups[static_cast<std::size_t>(task)];
-    const index_t keys = scores.kv_lengths.empty() ? kv.length(b) : scores.kv_lengths[static_cast<std::size_t>(b)];
+    const index_t keys = length_of(kv, scores, b);
     const part_of_source<KV> own(kv, b, g, 1, keys);
     kv_cache<P> far(1, 1, keys, shape.head_dim, far_dim);
     kv_cache<A> top(1, 1, std::min(options.top_keys, keys), shape.head_dim, shape.value_dim);
@@ -120,7 +116,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     A* const results = rows + row_elements;
     A* const lse = results + out_elements;
     const index_t head = p.first_head(g), heads = p.group_size(g);
-    const point_rows<A> x = pool_queries<A>(q, b, {0, shape.q_len}, {head, head + heads}, rows);
+    const point_rows<A> x = pool_queries(p.q, shape.head_dim, b, {0, shape.q_len}, {head, head + heads}, rows);
     const typename group_attender<A>::sharing any_radius;
     std::byte* const memory =
         calls.detail_workers()[0].detail_scratch(group_attender<A>::bytes(x, own_groups, dims, options, any_radius));
@@ -128,17 +124,11 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     group_attender<A> attender(x, own_groups, dims, options, any_radius, memory);
     const part_of_source<kv_cache<P>> far_head(far, 0, 0, 1, keys);
     const key_interval seen(options.without, false);
-    if constexpr (has_rows_in_memory<part_of_source<KV>>) {
-      attender.run(far_head, own, seen, scores, top, results, lse, calls);
-    } else {
-      attender.run(far_head, far_head, seen, scores, top, results, lse, calls);
-    }
+    attender.run(far_head, own, seen, scores, top, results, lse, calls);
     if (watch.failed()) return;
-    constexpr A empty = minus_infinity<A>;
     for (index_t i = 0; i < n; ++i) {
       const index_t s = i / heads, h = head + i % heads;
-      p.out.store(b, s, h, shape.value_dim, results + i * shape.value_dim, A{1}, lse[i] == empty ? A{0} : A{1});
-      p.out.store_log_sum_exp(b, s, h, lse[i]);
+      p.out.store_finished(b, s, h, shape.value_dim, results + i * shape.value_dim, lse[i]);
     }
   });
 }

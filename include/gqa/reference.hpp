@@ -42,6 +42,15 @@ inline index_t kv_head_of(const attention_options& o, index_t h, index_t q_heads
   return g;
 }
 
+/// Valid keys of sequence b, and the absolute position of its first query.
+inline index_t keys_of(const attention_options& o, index_t b, index_t kv_len) {
+  return o.kv_lengths.empty() ? kv_len : o.kv_lengths[static_cast<std::size_t>(b)];
+}
+inline index_t first_position(const attention_options& o, index_t b, index_t keys, index_t q_len) {
+  if (o.query_offset) return *o.query_offset;
+  return o.query_offsets.empty() ? keys - q_len : o.query_offsets[static_cast<std::size_t>(b)];
+}
+
 /// True if causal edge, window, mask and variant let the query at p.query see key p.key (s: its index in the call).
 template <class Variant>
 bool sees(const attention_options& o, const Variant& variant, const position& p, index_t s) {
@@ -110,11 +119,7 @@ requires(attention_variant<Variant> || std::same_as<Variant, detail::no_variant>
   const bool may_hide = options.bias || detail::scores<Variant, A>;  // by a score of -inf
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
   for (index_t b = 0; b < q.extent(0); ++b) {
-    const auto at_b = static_cast<std::size_t>(b);
-    const index_t keys = options.kv_lengths.empty() ? k.extent(1) : options.kv_lengths[at_b];
-    const index_t offset = options.query_offset             ? *options.query_offset
-                           : !options.query_offsets.empty() ? options.query_offsets[at_b]
-                                                            : keys - q_len;
+    const index_t keys = impl::keys_of(options, b, k.extent(1)), offset = impl::first_position(options, b, keys, q_len);
     for (index_t s = 0; s < q_len; ++s) {
       for (index_t h = 0; h < q_heads; ++h) {
         const index_t g = impl::kv_head_of(options, h, q_heads, k.extent(2));

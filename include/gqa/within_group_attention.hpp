@@ -59,10 +59,8 @@ class within_groups {
         offset_(offset),
         causal_(scores.causal),
         value_dim_(value_dim),
-        own_keys_(1, 1, std::min(x.count, keys), x.dim, value_dim) {
-    options_.scale = scores.scale, options_.softcap = scores.softcap;
-    options_.query_offset = 0, options_.float_products = true;
-  }
+        options_(scores_of(scores)),
+        own_keys_(1, 1, std::min(x.count, keys), x.dim, value_dim) {}
 
   /// Attends with the members of a group, whose keys are read from `keys`.
   template <class Head>
@@ -85,10 +83,8 @@ class within_groups {
       rows_.insert(rows_.end(), x_.row(i), x_.row(i) + x_.dim);
     }
     if (!causal_) std::fill(ends_.begin(), ends_.end(), own_keys_.length(0));
-    const partial_state<A> state{tensor_view<A, 4>(out_.data(), {1, count, 1, value_dim_}),
-                                 tensor_view<A, 3>(lse_.data(), {1, count, 1})};
-    attention(tensor_view<const A, 4>(rows_.data(), {1, count, 1, x_.dim}), own_keys_, state, options_,
-              first_keys_mask(ends_), ctx);
+    attention(queries_of(rows_.data(), count, x_.dim, x_.dim), own_keys_,
+              state_of(out_.data(), lse_.data(), count, value_dim_), options_, first_keys_mask(ends_), ctx);
   }
   /// What the n-th member found.
   [[nodiscard]] finished_state<A> result(index_t n) const noexcept {
@@ -110,15 +106,7 @@ class within_groups {
 template <class Q, class KV, class Out, class A>
 void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::span<const query_groups<A>> groups,
                           const Out& out, const attention_options& options, context& ctx) {
-  problem<A, A> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
-                  options,
-                  query_rows<A, A>::of(q),
-                  {}};
-  if constexpr (output_state<Out>) {
-    p.out = output_rows<A>::of(out.out, out.lse);
-  } else {
-    p.out = output_rows<A>::of(out);
-  }
+  const auto p = problem_of<A>(q, kv, out, options);
   const call_shape& shape = p.shape;
   const auto rows_of = [&](index_t g) { return shape.q_len * p.group_size(g); };
   if (const auto f = find_call_fault(q, kv, out, options)) return raise(f);
@@ -129,13 +117,13 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
     const error_watch watch;
     const index_t b = task / shape.kv_heads, g = task % shape.kv_heads, n = rows_of(g);
     if (n == 0) return;
-    const index_t length = options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
+    const index_t length = length_of(kv, options, b);
     const index_t head = p.first_head(g), heads = p.group_size(g), row_elements = n * round_up(shape.head_dim, 16);
     A* const rows = reinterpret_cast<A*>(
         contexts[worker].detail_scratch(static_cast<std::size_t>(row_elements + shape.value_dim) * sizeof(A)));
     if (rows == nullptr) return;
     A* const row = rows + row_elements;
-    const point_rows<A> x = pool_queries<A>(q, b, {0, shape.q_len}, {head, head + heads}, rows);
+    const point_rows<A> x = pool_queries(p.q, shape.head_dim, b, {0, shape.q_len}, {head, head + heads}, rows);
     within_groups<A> within(x, heads, p.query_offset(b, length), length, shape.value_dim, options);
     if (watch.failed()) return;
     const part_of_source<KV> own(kv, b, g, 1, length);
@@ -151,8 +139,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
               options.sinks.empty() ? minus_infinity<A> : static_cast<A>(options.sinks[static_cast<std::size_t>(h)]);
           const A lse =
               merge_finished<A>({within.result(static_cast<index_t>(m)), {nullptr, sink}}, shape.value_dim, row);
-          p.out.store(b, s, h, shape.value_dim, row, A{1}, lse == minus_infinity<A> ? A{0} : A{1});
-          if (p.out.lse != nullptr) p.out.store_log_sum_exp(b, s, h, lse);
+          p.out.store_finished(b, s, h, shape.value_dim, row, lse);
         }
       }
     };

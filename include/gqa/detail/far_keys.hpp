@@ -23,15 +23,14 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Queries [begin, end) of some heads of a sequence as rows s * heads + h, as they are, in accumulators.
-template <class A, class Q>
-[[nodiscard]] point_rows<A> pool_queries(const tensor_view<const Q, 4>& q, index_t b, key_range queries,
+/// Queries [begin, end) of some heads of a sequence as rows s * heads + h of `dim` elements, in accumulators.
+template <class A>
+[[nodiscard]] point_rows<A> pool_queries(const query_rows<A, A>& q, index_t dim, index_t b, key_range queries,
                                          key_range heads, A* to) noexcept {
-  const index_t dim = q.extent(3), stride = round_up(dim, 16);
-  const auto rows = query_rows<A, A>::of(q);
+  const index_t stride = round_up(dim, 16);
   for (index_t s = queries.begin; s < queries.end; ++s) {
     for (index_t h = heads.begin; h < heads.end; ++h)
-      rows.load(b, s, h, dim, 1, to + ((s - queries.begin) * heads.size() + h - heads.begin) * stride);
+      q.load(b, s, h, dim, 1, to + ((s - queries.begin) * heads.size() + h - heads.begin) * stride);
   }
   return {to, queries.size() * heads.size(), dim, stride};
 }
@@ -64,6 +63,7 @@ void read_token(const Head& head, index_t t, A* key, A* value, index_t value_dim
                   head.value_dim(), key, value, value_dim);
   }
 }
+
 /// Appends all keys of a head to sequence n of a cache, with [v | k] as values if `means` says so.
 template <class Head, class P>
 void pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {

@@ -23,10 +23,12 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <type_traits>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/carver.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/nearest.hpp>
 #include <gqa/detail/online_softmax.hpp>
@@ -75,9 +77,9 @@ struct groupwise_counts {
 template <class A>
 class group_attender {
  public:
-  /// \param far  whose first E values are the head's own; improved_lse takes the mean of the other D
   struct shape {
-    index_t head_dim, value_dim, far_value_dim;
+    index_t head_dim, value_dim;
+    index_t far_value_dim;    // of which the first E are the head's own; improved_lse takes the mean of the other D
     index_t keys, seen_keys;  // of the head, and those of them that are attended to
   };
 
@@ -118,10 +120,12 @@ class group_attender {
   }
 
   /// The states of all rows over the keys of `far` that `sees` leaves: out [n, E], lse [n]. Single keys and values are
-  /// read from `own`, and gathered in `top`, which has room for options.top_keys.
+  /// read from the head's own rows where those lie in memory, and gathered in `top`, which has room for top_keys.
   template <class Far, class Own>
   void run(const Far& far, const Own& own, const key_interval& sees, const attention_options& scores, kv_cache<A>& top,
            A* out, A* lse, context& ctx) {
+    if constexpr (!std::is_same_v<Own, Far> && !has_rows_in_memory<Own>)
+      return run(far, far, sees, scores, top, out, lse, ctx);
     list_representatives();
     if (top_ > 0) take_top_keys(far, sees, scale_of(scores));
     attend_rest(far, sees, scores, ctx);
@@ -141,10 +145,7 @@ class group_attender {
 
  private:
   void carve(std::byte* memory) noexcept {
-    const auto take = [&]<class T>(T*& piece, index_t count) {
-      piece = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + bytes_);
-      bytes_ += static_cast<std::size_t>(round_up(count * static_cast<index_t>(sizeof(T)), 64));
-    };
+    carver take(memory);
     const index_t all = counts_.groups + counts_.alone, shared = top_ > 0 ? counts_.groups : 0;
     const index_t members = top_ > 0 ? most_members_ + 1 : 0;
     take(representatives_, all * x_.stride);
@@ -155,6 +156,7 @@ class group_attender {
     take(members_, members * x_.stride);
     take(top_keys_, top_ * dims_.head_dim), take(top_values_, top_ * dims_.value_dim);
     take(top_out_, members * dims_.value_dim), take(top_lse_, members);
+    bytes_ = take.used();
   }
   [[nodiscard]] index_t tiles() const noexcept { return ceil_div(dims_.keys, tile_tokens); }
   [[nodiscard]] bool shares(index_t j) const noexcept {
@@ -184,8 +186,7 @@ class group_attender {
       for (index_t d = 0; d < dims_.head_dim; ++d)
         scaled_[r * x_.stride + d] = static_cast<A>(static_cast<double>(representatives_[r * x_.stride + d]) * scale);
     }
-    find_top_keys(far, scaled_, x_.stride, counts_.groups, top_, sees, taken_, taken_counts_,
-                  static_cast<typename Far::panel_element*>(nullptr));
+    find_top_keys(far, scaled_, x_.stride, counts_.groups, top_, sees, taken_, taken_counts_);
     std::fill_n(top_bits_, counts_.groups * tiles(), std::uint64_t{0});
     for (index_t r = 0; r < counts_.groups; ++r) {
       for (const scored_key<A>& taken : taken_by(r))
@@ -197,27 +198,12 @@ class group_attender {
     return {taken_ + r * best_keys<A>::capacity(top_), static_cast<std::size_t>(taken_counts_[r])};
   }
 
-  /// Rows [count, D] as the queries of one head, and the state of their results.
-  [[nodiscard]] tensor_view<const A, 4> queries(const A* rows, index_t count) const noexcept {
-    return {rows, {1, count, 1, dims_.head_dim}, {0, x_.stride, 0, 1}};
-  }
-  [[nodiscard]] static partial_state<A> state(A* out, A* lse, index_t count, index_t dim) noexcept {
-    return {tensor_view<A, 4>(out, {1, count, 1, dim}), tensor_view<A, 3>(lse, {1, count, 1})};
-  }
-  /// Scores are those of the call; what is seen is not: every row sees what it is given.
-  [[nodiscard]] static attention_options plain(const attention_options& scores) noexcept {
-    attention_options o;
-    o.scale = scores.scale, o.softcap = scores.softcap;
-    o.query_offset = 0, o.float_products = true;
-    return o;
-  }
-
   template <class Far>
   void attend_rest(const Far& far, const key_interval& sees, const attention_options& scores, context& ctx) {
     const index_t all = counts_.groups + counts_.alone;
     const rest_keys rest(sees, top_bits_, top_ > 0 ? counts_.groups : 0, tiles());
-    attention(queries(representatives_, all), far, state(rest_out_, rest_lse_, all, dims_.far_value_dim), plain(scores),
-              rest, ctx);
+    attention(queries_of(representatives_, all, dims_.head_dim, x_.stride), far,
+              state_of(rest_out_, rest_lse_, all, dims_.far_value_dim), scores_of(scores), rest, ctx);
     counts_.products += static_cast<double>(all * dims_.seen_keys * (dims_.head_dim + dims_.far_value_dim));
   }
 
@@ -230,8 +216,7 @@ class group_attender {
     const bool has_top = top_ > 0 && taken_counts_[r] > 0;
     if (has_top) attend_top(own, members, r, scores, top, ctx);
     const A* const rest = rest_out_ + r * dims_.far_value_dim;
-    constexpr A empty = -std::numeric_limits<A>::infinity();
-    const A representative_top = has_top ? top_lse_[count] : empty;
+    const A representative_top = has_top ? top_lse_[count] : minus_infinity<A>;
     retained_[r] = has_top ? share_of(representative_top, rest_lse_[r]) : 0;
     for (index_t m = 0; m < count; ++m) {
       const index_t i = members[static_cast<std::size_t>(m)];
@@ -259,8 +244,8 @@ class group_attender {
     for (index_t m = 0; m < count; ++m)
       std::copy_n(x_.row(members[static_cast<std::size_t>(m)]), dims_.head_dim, members_ + m * x_.stride);
     std::copy_n(representatives_ + r * x_.stride, dims_.head_dim, members_ + count * x_.stride);
-    attention(queries(members_, count + 1), top, state(top_out_, top_lse_, count + 1, dims_.value_dim), plain(scores),
-              ctx);
+    attention(queries_of(members_, count + 1, dims_.head_dim, x_.stride), top,
+              state_of(top_out_, top_lse_, count + 1, dims_.value_dim), scores_of(scores), ctx);
     counts_.products += static_cast<double>((count + 1) * keys * (dims_.head_dim + dims_.value_dim));
   }
 

@@ -21,6 +21,7 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/carver.hpp>
 #include <gqa/detail/group_attender.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/part_of_source.hpp>
@@ -36,8 +37,8 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// What the parts of a block cost, in multiply-adds of the engine. Measured (docs/04_grouped_attention.md): top keys
-/// are gathered line by line, seeds and norms run at the speed of L2, rows are copied in and out.
+/// What the parts of a block cost, in multiply-adds of the engine, by their times on Zen 4: top keys are gathered line
+/// by line, seeds and norms run at the speed of L2, rows are copied in and out.
 inline constexpr double cost_of_gathered = 8, cost_of_seeded = 8, cost_of_row_element = 60, cost_of_packed = 3;
 /// Rows of a block that tell whether a cover of all is worth its time: it is not if more than half of them differ.
 inline constexpr index_t sampled_rows = 128;
@@ -58,7 +59,7 @@ class grouped_runner {
         options_(options),
         report_(report),
         ctx_(ctx),
-        problem_({kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()}) {}
+        problem_(problem_of<A>(q, kv, out, options.attention)) {}
 
   void run() {
     list_blocks();
@@ -72,11 +73,10 @@ class grouped_runner {
   }
 
  private:
-  /// Queries [begin, end) of the call, of KV head g of sequence b, in the block of positions from `position` on.
+  /// Queries [begin, end) of the call, of KV head g of sequence b, in one block of positions.
   struct block {
     index_t b, g;
     index_t begin, end;
-    index_t position;
     key_range near;  // keys that are not far
     index_t keys;    // of the sequence
     bool exact;
@@ -91,36 +91,19 @@ class grouped_runner {
 
   // Shapes.
 
-  [[nodiscard]] index_t length(index_t b) const noexcept {
-    const auto& lengths = options_.attention.kv_lengths;
-    return lengths.empty() ? kv_.length(b) : lengths[static_cast<std::size_t>(b)];
-  }
-  [[nodiscard]] index_t group_size(index_t g) const noexcept { return head_end(g) - first_head(g); }
-  [[nodiscard]] index_t first_head(index_t g) const noexcept {
-    const auto& offsets = options_.attention.group_offsets;
-    return offsets.empty() ? g * (problem_.q_heads / problem_.kv_heads) : offsets[static_cast<std::size_t>(g)];
-  }
-  [[nodiscard]] index_t head_end(index_t g) const noexcept {
-    const auto& offsets = options_.attention.group_offsets;
-    return offsets.empty() ? first_head(g + 1) : offsets[static_cast<std::size_t>(g) + 1];
-  }
-  [[nodiscard]] index_t offset(index_t b) const noexcept {
-    const attention_options& o = options_.attention;
-    if (o.query_offset) return *o.query_offset;
-    return o.query_offsets.empty() ? length(b) - problem_.q_len : o.query_offsets[static_cast<std::size_t>(b)];
-  }
-  [[nodiscard]] double scale() const noexcept {
-    return options_.attention.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem_.head_dim)));
-  }
+  [[nodiscard]] index_t head_end(index_t g) const noexcept { return problem_.first_head(g) + problem_.group_size(g); }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return length_of(kv_, options_.attention, b); }
+  [[nodiscard]] index_t offset(index_t b) const noexcept { return problem_.query_offset(b, length(b)); }
   [[nodiscard]] bool needs_means() const noexcept { return options_.groupwise.form == groupwise_form::improved_lse; }
   [[nodiscard]] index_t far_value_dim() const noexcept {
-    return problem_.value_dim + (needs_means() ? problem_.head_dim : 0);
+    return problem_.shape.value_dim + (needs_means() ? problem_.shape.head_dim : 0);
   }
-  [[nodiscard]] index_t rows_of(const block& k) const noexcept { return (k.end - k.begin) * group_size(k.g); }
+  [[nodiscard]] index_t rows_of(const block& k) const noexcept { return (k.end - k.begin) * problem_.group_size(k.g); }
   /// Rows that decisions go by: of a strict call's blocks all that there may be, for it may not matter how many tokens
   /// follow.
   [[nodiscard]] index_t planned_rows(const block& k) const noexcept {
-    return options_.strict_causal ? std::min(options_.block, problem_.kv_len) * group_size(k.g) : rows_of(k);
+    return options_.strict_causal ? std::min(options_.block, problem_.shape.kv_len) * problem_.group_size(k.g)
+                                  : rows_of(k);
   }
   [[nodiscard]] index_t far_keys(const block& k) const noexcept { return seen_keys(k) - k.near.size(); }
   [[nodiscard]] bool covers() const noexcept {
@@ -144,13 +127,15 @@ class grouped_runner {
     }
     return most;
   }
-  [[nodiscard]] double dims() const noexcept { return static_cast<double>(problem_.head_dim + problem_.value_dim); }
+  [[nodiscard]] double dims() const noexcept {
+    return static_cast<double>(problem_.shape.head_dim + problem_.shape.value_dim);
+  }
   /// Whether so many representatives, and rows alone, are faster than the exact kernel.
   [[nodiscard]] bool pays(const block& k, index_t groups, index_t alone) const noexcept {
     if (options_.always_group) return far_keys(k) > 0;
     if (options_.groupwise.form == groupwise_form::dense) return false;
     const auto n = static_cast<double>(planned_rows(k)), far = static_cast<double>(far_keys(k));
-    const auto dim = static_cast<double>(problem_.head_dim), shared = static_cast<double>(groups);
+    const auto dim = static_cast<double>(problem_.shape.head_dim), shared = static_cast<double>(groups);
     const double top = options_.groupwise.form == groupwise_form::clustered
                            ? 0
                            : std::min(static_cast<double>(options_.groupwise.top_keys), far);
@@ -166,16 +151,16 @@ class grouped_runner {
   }
 
   void list_blocks() {
-    for (index_t b = 0; b < problem_.batch; ++b) {
+    for (index_t b = 0; b < problem_.shape.batch; ++b) {
       const index_t keys = length(b), first = offset(b);
-      for (index_t begin = 0; begin < problem_.q_len;) {
+      for (index_t begin = 0; begin < problem_.shape.q_len;) {
         const index_t position = floor_div(first + begin, options_.block) * options_.block;
-        const index_t end = std::min(position + options_.block - first, problem_.q_len);
+        const index_t end = std::min(position + options_.block - first, problem_.shape.q_len);
         const index_t near_begin = std::clamp<index_t>(position - options_.window, 0, keys);
         const index_t after = position + options_.block + (options_.attention.causal ? 0 : options_.window);
         const key_range near{near_begin, std::clamp<index_t>(after, near_begin, keys)};
-        for (index_t g = 0; g < problem_.kv_heads; ++g) {
-          block k{b, g, begin, end, position, near, keys, false, blocks_.size()};
+        for (index_t g = 0; g < problem_.shape.kv_heads; ++g) {
+          block k{b, g, begin, end, near, keys, false, blocks_.size()};
           const bool has_groups = !options_.strict_causal || begin > 0;
           k.exact = rows_of(k) == 0 || far_keys(k) <= 0 || !has_groups || !pays(k, covers() ? 1 : wanted_groups(k), 0);
           blocks_.push_back(k);
@@ -190,12 +175,13 @@ class grouped_runner {
   [[nodiscard]] tensor_view<const Q, 4> queries(index_t b, index_t begin, index_t end, index_t head,
                                                 index_t heads) const noexcept {
     return {&q_(b, begin, head, 0),
-            {1, end - begin, heads, problem_.head_dim},
+            {1, end - begin, heads, problem_.shape.head_dim},
             {q_.stride(0), q_.stride(1), q_.stride(2), 1}};
   }
   [[nodiscard]] auto outputs(index_t b, index_t begin, index_t end, index_t head, index_t heads) const noexcept {
     const auto slice = [&](const auto& out) {
-      return std::remove_cvref_t<decltype(out)>(&out(b, begin, head, 0), {1, end - begin, heads, problem_.value_dim},
+      return std::remove_cvref_t<decltype(out)>(&out(b, begin, head, 0),
+                                                {1, end - begin, heads, problem_.shape.value_dim},
                                                 {out.stride(0), out.stride(1), out.stride(2), 1});
     };
     if constexpr (output_state<Out>) {
@@ -209,25 +195,25 @@ class grouped_runner {
   }
   /// The call's options for queries from `begin` on of sequence b and of KV heads [g, g + kv_heads), one or all.
   [[nodiscard]] attention_options options_of(index_t b, index_t begin, index_t g, index_t kv_heads) const noexcept {
-    const index_t head = first_head(g), heads = head_end(g + kv_heads - 1) - head;
+    const index_t head = problem_.first_head(g), heads = head_end(g + kv_heads - 1) - head;
     attention_options o = options_.attention;
     o.query_offset = offset(b) + begin;
     o.query_offsets = {}, o.kv_lengths = {};
-    if (kv_heads != problem_.kv_heads) o.group_offsets = {};
+    if (kv_heads != problem_.shape.kv_heads) o.group_offsets = {};
     if (!o.sinks.empty()) o.sinks = o.sinks.subspan(static_cast<std::size_t>(head), static_cast<std::size_t>(heads));
     return o;
   }
 
   /// Runs of blocks that are exact: for all KV heads in one call, else head by head.
   void run_exact() {
-    const auto heads = static_cast<std::size_t>(problem_.kv_heads);
+    const auto heads = static_cast<std::size_t>(problem_.shape.kv_heads);
     const auto is_exact = [](const block& k) { return k.exact; };
     if (std::all_of(blocks_.begin(), blocks_.end(), is_exact))
       return attention(q_, kv_, out_, options_.attention, ctx_);
     for_each_run(
         heads, [&](std::size_t i) { return std::all_of(&blocks_[i], &blocks_[i] + heads, is_exact); },
         [&](const block& first, index_t end) {
-          attend_exactly(first, end, 0, problem_.kv_heads);
+          attend_exactly(first, end, 0, problem_.shape.kv_heads);
           for (block& k : blocks_) {
             if (k.b == first.b && first.begin <= k.begin && k.end <= end) k.exact = false;  // done
           }
@@ -236,7 +222,8 @@ class grouped_runner {
       for_each_run(
           heads, [&](std::size_t i) { return blocks_[i + g].exact; },
           [&](const block& first, index_t end) {
-            if (group_size(static_cast<index_t>(g)) > 0) attend_exactly(first, end, static_cast<index_t>(g), 1);
+            if (problem_.group_size(static_cast<index_t>(g)) > 0)
+              attend_exactly(first, end, static_cast<index_t>(g), 1);
           });
   }
   /// Calls f(first block, end) for runs of neighbouring blocks of a sequence that belongs(number) takes.
@@ -255,14 +242,15 @@ class grouped_runner {
   }
   /// Queries from those of `first` to `end`, of KV heads [g, g + kv_heads).
   void attend_exactly(const block& first, index_t end, index_t g, index_t kv_heads) const {
-    const index_t head = first_head(g), heads = head_end(g + kv_heads - 1) - head;
+    const index_t head = problem_.first_head(g), heads = head_end(g + kv_heads - 1) - head;
     const auto q = queries(first.b, first.begin, end, head, heads);
     const part_of_source<KV> kv(kv_, first.b, g, kv_heads, first.keys);
     const auto out = outputs(first.b, first.begin, end, head, heads);
     const attention_options options = options_of(first.b, first.begin, g, kv_heads);
     // Few rows of plain tensors are read in place by a kernel of their own. Which of the two a row takes may not depend
     // on what its neighbours decided: a mask that hides nothing keeps short runs of a long call to the kernel of tiles.
-    if (problem_.q_len > end - first.begin) return attention(q, kv, out, options, key_interval({0, 0}, false), ctx_);
+    if (problem_.shape.q_len > end - first.begin)
+      return attention(q, kv, out, options, key_interval({0, 0}, false), ctx_);
     attention(q, kv, out, options, ctx_);
   }
 
@@ -291,12 +279,12 @@ class grouped_runner {
       if (end > first && k.b == work[end - 1]->b && k.g == work[end - 1]->g) continue;
       const index_t keys = std::max(most_keys, k.keys);
       const double bytes = static_cast<double>(heads.size() + 1) * static_cast<double>(keys) *
-                           (dims() + static_cast<double>(far_value_dim() - problem_.value_dim)) * sizeof(P);
+                           (dims() + static_cast<double>(far_value_dim() - problem_.shape.value_dim)) * sizeof(P);
       if (bytes > packed_bytes && !heads.empty()) break;
       heads.push_back(end);
       most_keys = keys;
     }
-    kv_cache<P> far(static_cast<index_t>(heads.size()), 1, most_keys, problem_.head_dim, far_value_dim());
+    kv_cache<P> far(static_cast<index_t>(heads.size()), 1, most_keys, problem_.shape.head_dim, far_value_dim());
     if (far.batch() == 0) return fail(), work.size();
     ctx_.for_each(static_cast<index_t>(heads.size()), [&](index_t n, index_t) {
       const block& k = *work[heads[static_cast<std::size_t>(n)]];
@@ -318,28 +306,32 @@ class grouped_runner {
   bool attend_block(const block& k, const Far& far, worker_state& own, context& ctx) {
     const error_watch watch;
     context& calls = ctx.detail_workers()[0];
-    const index_t n = rows_of(k), stride = round_up(problem_.head_dim, 16), value_dim = problem_.value_dim;
-    const index_t before = options_.strict_causal ? std::min(k.begin, options_.block) * group_size(k.g) : 0;
-    const auto part = [](index_t count) { return round_up(count, 64); };
-    const index_t elements =
-        part(n * stride) + part(before * stride) + 2 * (part(n * value_dim) + part(n)) + part(value_dim);
-    A* at = reinterpret_cast<A*>(ctx.detail_scratch(static_cast<std::size_t>(elements) * sizeof(A)));
-    if (at == nullptr) return fail();
-    const auto take = [&at, &part](index_t count) { return std::exchange(at, at + part(count)); };
-    A* const rows = take(n * stride);
-    A* const rows_before = take(before * stride);
-    const block_states states{take(n * value_dim), take(n), take(n * value_dim), take(n), take(value_dim)};
+    const index_t n = rows_of(k), stride = round_up(problem_.shape.head_dim, 16), value_dim = problem_.shape.value_dim;
+    const index_t before = options_.strict_causal ? std::min(k.begin, options_.block) * problem_.group_size(k.g) : 0;
+    block_scratch scratch;
+    const auto carve = [&](std::byte* memory) {
+      carver take(memory);
+      take(scratch.rows, n * stride), take(scratch.rows_before, before * stride);
+      take(scratch.near, n * value_dim), take(scratch.near_lse, n);
+      take(scratch.far, n * value_dim), take(scratch.far_lse, n), take(scratch.row, value_dim);
+      return take.used();
+    };
+    std::byte* const own_memory = ctx.detail_scratch(carve(nullptr));
+    if (own_memory == nullptr) return fail();
+    carve(own_memory);
 
     // 1. Define query groups.
-    const point_rows<A> x = pool(k, k.begin, k.end, rows);
-    const double radius = largest_radius(k, far);
-    const bool finds = find_groups(k, x, rows_before, radius, own, calls);
+    const point_rows<A> x = pool(k, k.begin, k.end, scratch.rows);
+    const double reach = options_.tolerance || report_ != nullptr ? reach_of(k, far) : 0;
+    const double radius = largest_radius(reach);
+    const bool finds = find_groups(k, x, scratch.rows_before, radius, own, calls);
     if (watch.failed()) return fail();
     if (!finds) return false;
     typename group_attender<A>::sharing sharing{radius};
     if (options_.strict_causal) sharing = {std::numeric_limits<double>::max(), true};  // too far rows are apart already
     const attention_options& scores = options_.attention;
-    const typename group_attender<A>::shape dims{problem_.head_dim, value_dim, far_value_dim(), k.keys, far_keys(k)};
+    const typename group_attender<A>::shape dims{problem_.shape.head_dim, value_dim, far_value_dim(), k.keys,
+                                                 far_keys(k)};
     std::byte* const memory = calls.detail_workers()[0].detail_scratch(
         group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, sharing));
     if (memory == nullptr) return fail();
@@ -350,24 +342,18 @@ class grouped_runner {
 
     // 2. Group-wise attention to the far keys.
     if (!own.top)
-      own.top.emplace(1, 1, std::min(options_.groupwise.top_keys, problem_.kv_len), problem_.head_dim, value_dim);
+      own.top.emplace(1, 1, std::min(options_.groupwise.top_keys, problem_.shape.kv_len), problem_.shape.head_dim,
+                      value_dim);
     if (watch.failed()) return fail();
     const part_of_source<Far> far_part(far, 0, 0, 1, seen_keys(k));
-    const auto attend_far = [&](const auto& single_keys) {
-      attender.run(far_part, single_keys, key_interval(k.near, false), scores, *own.top, states.far, states.far_lse,
-                   calls);
-    };
-    if constexpr (has_rows_in_memory<part_of_source<KV>>) {
-      attend_far(part_of_source<KV>(kv_, k.b, k.g, 1, k.keys));
-    } else {
-      attend_far(far_part);
-    }
+    attender.run(far_part, part_of_source<KV>(kv_, k.b, k.g, 1, k.keys), key_interval(k.near, false), scores, *own.top,
+                 scratch.far, scratch.far_lse, calls);
     // 3. Local attention to the near ones.
-    attend_near(k, states, calls);
+    attend_near(k, scratch, calls);
     if (watch.failed()) return fail();
     // 4. and 5. Combine the scores, apply.
-    write(k, states);
-    if (report_ != nullptr) describe(k, own.groups, attender, far);
+    write(k, scratch);
+    if (report_ != nullptr) describe(k, own.groups, attender, reach);
     return true;
   }
 
@@ -377,13 +363,16 @@ class grouped_runner {
     return true;
   }
 
-  /// Results of a block's rows over the near and the far keys, and one row of scratch.
-  struct block_states {
-    A *near, *near_lse, *far, *far_lse, *row;
+  /// Rows of a block and of the one before it, their results over the near and the far keys, and one row more.
+  struct block_scratch {
+    A *rows, *rows_before;
+    A *near, *near_lse, *far, *far_lse;
+    A* row;
   };
 
   [[nodiscard]] point_rows<A> pool(const block& k, index_t begin, index_t end, A* to) const noexcept {
-    return pool_queries<A>(q_, k.b, {begin, end}, {first_head(k.g), head_end(k.g)}, to);
+    return pool_queries(problem_.q, problem_.shape.head_dim, k.b, {begin, end},
+                        {problem_.first_head(k.g), head_end(k.g)}, to);
   }
 
   /// Sets own.groups; false if groups do not pay.
@@ -456,47 +445,37 @@ class grouped_runner {
 
   /// How far scores of rows one unit apart differ, but for what the softmax does not see. A softcap sees all of it.
   template <class Far>
-  [[nodiscard]] double spread(const block& k, const Far& far) const {
-    return spread_of(far, key_interval(k.near, false), seen_keys(k), options_.attention.softcap == 0);
+  [[nodiscard]] double reach_of(const block& k, const Far& far) const {
+    return std::abs(problem_.scale()) *
+           spread_of(far, key_interval(k.near, false), seen_keys(k), options_.attention.softcap == 0);
   }
   /// The radius of a group whose members' weights are off by at most the tolerance.
-  template <class Far>
-  [[nodiscard]] double largest_radius(const block& k, const Far& far) const {
-    if (!options_.tolerance) return std::numeric_limits<double>::max();
-    const double reach = std::abs(scale()) * spread(k, far);
-    const double delta = 2 * std::atanh(std::min(*options_.tolerance / 2, 1 - 0x1p-53));
-    return reach == 0 ? std::numeric_limits<double>::max() : delta / reach;
+  [[nodiscard]] double largest_radius(double reach) const noexcept {
+    if (!options_.tolerance || reach == 0) return std::numeric_limits<double>::max();
+    return 2 * std::atanh(std::min(*options_.tolerance / 2, 1 - 0x1p-53)) / reach;
   }
-  void attend_near(const block& k, const block_states& states, context& calls) const {
-    const index_t head = first_head(k.g), heads = group_size(k.g), queries_of = k.end - k.begin;
+
+  void attend_near(const block& k, const block_scratch& scratch, context& calls) const {
+    const index_t head = problem_.first_head(k.g), heads = problem_.group_size(k.g), queries_of = k.end - k.begin;
     attention_options o = options_of(k.b, k.begin, k.g, 1);
     o.sinks = {};
-    const partial_state<A> state{tensor_view<A, 4>(states.near, {1, queries_of, heads, problem_.value_dim}),
-                                 tensor_view<A, 3>(states.near_lse, {1, queries_of, heads})};
+    const partial_state<A> state{tensor_view<A, 4>(scratch.near, {1, queries_of, heads, problem_.shape.value_dim}),
+                                 tensor_view<A, 3>(scratch.near_lse, {1, queries_of, heads})};
     attention(queries(k.b, k.begin, k.end, head, heads), part_of_source<KV>(kv_, k.b, k.g, 1, k.keys), state, o,
               key_interval(k.near, true), calls);
   }
 
   /// Merges near and far keys and the sinks, which have values of 0, and writes the rows.
-  void write(const block& k, const block_states& states) const noexcept {
-    const auto rows = [&] {
-      if constexpr (output_state<Out>) {
-        return output_rows<A>::of(out_.out, out_.lse);
-      } else {
-        return output_rows<A>::of(out_);
-      }
-    }();
-    constexpr A empty = -std::numeric_limits<A>::infinity();
+  void write(const block& k, const block_scratch& scratch) const noexcept {
     const auto& sinks = options_.attention.sinks;
-    const index_t head = first_head(k.g), heads = group_size(k.g), dim = problem_.value_dim;
+    const index_t head = problem_.first_head(k.g), heads = problem_.group_size(k.g), dim = problem_.shape.value_dim;
     for (index_t i = 0; i < rows_of(k); ++i) {
       const index_t s = k.begin + i / heads, h = head + i % heads;
-      const A sink = sinks.empty() ? empty : static_cast<A>(sinks[static_cast<std::size_t>(h)]);
+      const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(h)]);
       const A lse = merge_finished<A>(
-          {{states.near + i * dim, states.near_lse[i]}, {states.far + i * dim, states.far_lse[i]}, {nullptr, sink}},
-          dim, states.row);
-      rows.store(k.b, s, h, dim, states.row, A{1}, lse == empty ? A{0} : A{1});
-      if (rows.lse != nullptr) rows.store_log_sum_exp(k.b, s, h, lse);
+          {{scratch.near + i * dim, scratch.near_lse[i]}, {scratch.far + i * dim, scratch.far_lse[i]}, {nullptr, sink}},
+          dim, scratch.row);
+      problem_.out.store_finished(k.b, s, h, dim, scratch.row, lse);
     }
   }
 
@@ -505,15 +484,13 @@ class grouped_runner {
     r.batch = k.b, r.kv_head = k.g, r.query_begin = k.begin, r.query_end = k.end;
     return r;
   }
-  template <class Far>
-  void describe(const block& k, const query_groups<A>& groups, const group_attender<A>& attender, const Far& far) {
+  void describe(const block& k, const query_groups<A>& groups, const group_attender<A>& attender, double reach) {
     block_report& r = report_->blocks[k.number];
     const groupwise_counts& counts = attender.counts();
     r.exact = false;
     r.groups = counts.groups, r.alone = counts.alone;
     r.products = counts.products;
     r.exact_products = static_cast<double>(rows_of(k)) * static_cast<double>(far_keys(k)) * dims();
-    const double reach = std::abs(scale()) * spread(k, far);
     index_t sharing = 0;
     attender.for_each_shared([&](index_t j, double retained) {
       const auto members = static_cast<index_t>(groups.members(j).size());
@@ -533,7 +510,7 @@ class grouped_runner {
   const grouped_options& options_;
   grouped_report* report_;
   context& ctx_;
-  call_shape problem_;
+  problem<A, A> problem_;
   std::vector<block> blocks_;  // by sequence, position, KV head
   std::vector<worker_state> workers_;
   std::atomic<bool> failed_{false};

@@ -11,6 +11,9 @@
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/visibility.hpp>
+#include <gqa/options.hpp>
+#include <gqa/state.hpp>
+#include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 
 namespace gqa::detail {
@@ -55,6 +58,23 @@ class part_of_source {
   const Source& kv_;
   index_t b_, first_head_, heads_, length_;
 };
+
+/// Rows [count, dim], `stride` apart, as the queries of one head, and the state of their results, dense.
+template <class A>
+[[nodiscard]] tensor_view<const A, 4> queries_of(const A* rows, index_t count, index_t dim, index_t stride) noexcept {
+  return {rows, {1, count, 1, dim}, {0, stride, 0, 1}};
+}
+template <class A>
+[[nodiscard]] partial_state<A> state_of(A* out, A* lse, index_t count, index_t dim) noexcept {
+  return {tensor_view<A, 4>(out, {1, count, 1, dim}), tensor_view<A, 3>(lse, {1, count, 1})};
+}
+/// Options of a call of such rows: its scores, and nothing about what is seen, which is all that they are given.
+[[nodiscard]] inline attention_options scores_of(const attention_options& options) noexcept {
+  attention_options o;
+  o.scale = options.scale, o.softcap = options.softcap;
+  o.query_offset = 0, o.float_products = true;
+  return o;
+}
 
 /// A variant: only keys [begin, end) are seen, or only others.
 class key_interval {

@@ -101,7 +101,19 @@ struct output_rows {
   void store_log_sum_exp(index_t b, index_t s, index_t h, A value) const noexcept {
     store_lse(lse, b * lse_strides[0] + s * lse_strides[1] + h * lse_strides[2], value);
   }
+  /// A row that is normalised already, and its log-sum-exp: -inf if it saw nothing.
+  void store_finished(index_t b, index_t s, index_t h, index_t dim, const A* from, A log_sum_exp) const noexcept {
+    const bool empty = log_sum_exp == -std::numeric_limits<A>::infinity();
+    store(b, s, h, dim, from, A{1}, empty ? A{0} : A{1});
+    if (lse != nullptr) store_log_sum_exp(b, s, h, log_sum_exp);
+  }
 };
+
+/// Valid keys of sequence b.
+template <class Source>
+[[nodiscard]] index_t length_of(const Source& kv, const attention_options& options, index_t b) noexcept {
+  return options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
+}
 
 /// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
 template <class A, class L>

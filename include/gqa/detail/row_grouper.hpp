@@ -19,6 +19,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/carver.hpp>
 #include <gqa/detail/nearest.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/random.hpp>
@@ -128,11 +129,7 @@ class row_grouper {
   }
 
   std::size_t carve(std::byte* memory) {
-    std::size_t used = 0;
-    const auto take = [&]<class T>(T*& piece, index_t count) {
-      piece = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
-      used += static_cast<std::size_t>(round_up(count * static_cast<index_t>(sizeof(T)), 64));
-    };
+    carver take(memory);
     const bool has_means = options_.method == grouping_method::kmeans || given_count_ > 0;
     take(labels_, x_.count), take(order_, x_.count);
     take(near_, x_.count), take(apart_, most_), take(luck_, x_.count), take(codes_, x_.count), take(finite_, x_.count);
@@ -142,7 +139,7 @@ class row_grouper {
     take(directions_, options_.method == grouping_method::hashed ? options_.hash_bits * x_.dim : x_.dim + 1);
     take(sums_, ctx_.concurrency() * x_.dim);
     take(found_, chunks());
-    return used;
+    return take.used();
   }
 
   // Loops.

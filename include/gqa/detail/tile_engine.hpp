@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/carver.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/row_kernel.hpp>
@@ -70,11 +71,7 @@ struct workspace {
   /// Gives out pieces of `memory`, each on its own cache lines, and the bytes used; with nullptr, only the bytes.
   static std::size_t carve(std::byte* memory, index_t rows, index_t score_rows, index_t q_stride, index_t out_stride,
                            workspace& w) noexcept {
-    std::size_t used = 0;
-    const auto take = [&]<class T>(T*& piece, index_t count) {
-      piece = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
-      used += static_cast<std::size_t>(round_up(count * static_cast<index_t>(sizeof(T)), 64));
-    };
+    carver take(memory);
     const auto take_states = [&](raw_states<A>& states) {
       take(states.max, rows);
       take(states.sum, rows);
@@ -95,7 +92,7 @@ struct workspace {
     take(w.tile_sums, std::min<index_t>(rows, stream_rows<A>) * out_stride);
     take(w.tile_weights, std::min<index_t>(rows, stream_rows<A>));
     take(w.seen_values, tile_tokens * out_stride);
-    return used;
+    return take.used();
   }
 };
 
@@ -126,10 +123,7 @@ class tile_engine {
     return has_rows ? std::max(rows, run_tiles * std::min<index_t>(rows, block_rows)) : rows;
   }
 
-  [[nodiscard]] index_t length(index_t b) const noexcept {
-    const auto& lengths = problem_.options.kv_lengths;
-    return lengths.empty() ? kv_.length(b) : lengths[static_cast<std::size_t>(b)];
-  }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return length_of(kv_, problem_.options, b); }
   [[nodiscard]] index_t rows_of(index_t g) const noexcept { return problem_.shape.q_len * problem_.group_size(g); }
 
   /// Key tiles [begin, end) that some of the queries [first, last] of a sequence may see.

@@ -75,10 +75,10 @@ class best_keys {
 };
 
 /// The `wanted` best keys of each of `rows` rows q, which carry the scale, among those that `sees` leaves visible:
-/// taken [rows, capacity(wanted)], ascending by key; their numbers in counts. One tile of scratch for the source.
+/// taken [rows, capacity(wanted)], ascending by key; their numbers in counts. The source's tiles lie in memory.
 template <class Source, class A, class Sees>
 void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows, index_t wanted, const Sees& sees,
-                   scored_key<A>* taken, index_t* counts, typename Source::panel_element* scratch) noexcept {
+                   scored_key<A>* taken, index_t* counts) noexcept {
   using P = typename Source::panel_element;
   constexpr index_t most_rows = 96;
   alignas(64) A s[block_rows * tile_tokens];
@@ -92,7 +92,7 @@ void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows,
       const index_t tokens = std::min(tile_tokens, kv.length(0) - first);
       const std::uint64_t visible = sees.visible_bits(position{0, 0, 0, first}) & bits_between(0, tokens);
       if (visible == 0) continue;
-      const kv_tile<P> tile = kv.tile(0, 0, first / tile_tokens, tokens, scratch);
+      const kv_tile<P> tile = kv.tile(0, 0, first / tile_tokens, tokens, nullptr);
       for (index_t row = begin; row < end; row += block_rows) {
         const index_t count = std::min<index_t>(block_rows, end - row);
         score_tile(tile, q + row * q_stride, q_stride, kv.head_dim(), count, s);
