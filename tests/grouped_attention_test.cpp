@@ -527,6 +527,20 @@ TEST(GroupedAttention, GroupsByTheBlockBeforeWhereItIsStrict) {
   }
 }
 
+// Nor on how many tokens follow: the last block of a shorter call decides as the full one of a longer.
+TEST(GroupedAttention, OfStrictCallsDoesNotDependOnTheTokensAfter) {
+  const auto longer = make_case<float>({1, 640, 640, 4, 1, 32, 32}, data_kind::planted, 7, 0.01);
+  auto shorter = longer;
+  shorter.s = shorter.t = 580;  // 4 rows in the last block
+  grouped_options o;
+  o.attention.causal = true, o.block = 64, o.window = 0, o.grouping.groups = 4, o.groupwise.top_keys = 8;
+  o.strict_causal = true;
+  grouped_report report;
+  const auto expected = run_grouped(longer, o, &report), actual = run_grouped(shorter, o);
+  ASSERT_FALSE(report.blocks[9].exact);  // by the model of the cost
+  EXPECT_EQ(std::memcmp(actual.out.data(), expected.out.data(), actual.out.size() * sizeof(float)), 0);
+}
+
 // A softcap is no softmax: what a vector added to all keys adds to scores, it does not leave out.
 TEST(GroupedAttention, BoundsMoreUnderASoftcap) {
   const auto c = make_case<float>({1, 160, 160, 4, 2, 16, 8}, data_kind::key_offset, 7, 0.01);
