@@ -124,20 +124,70 @@ void run_grouped(benchmark::State& state, const grouped_case& c) {
   grouped_report report;
   grouped_attention(in.queries(), in.keys(), in.values(), in.outputs(out), c.options, ctx, &report);
   double off = 0, all = 0, products = 0, exact_products = 0, groups = 0, blocks = 0;
+  double cost = 0, exact_cost = 0;
   for (std::size_t i = 0; i < out.size(); ++i)
     off += std::pow(out[i] - document.out[i], 2), all += std::pow(document.out[i], 2);
   for (const block_report& b : report.blocks) {
     products += b.products, exact_products += b.exact_products;
+    cost += b.cost, exact_cost += b.exact_cost;
     groups += static_cast<double>(b.groups), blocks += b.exact ? 0 : 1;
   }
   state.counters["seconds"] = median;
   state.counters["x_exact"] = exact_median / median;
+  state.counters["x_foreseen"] = exact_cost / cost;
   state.counters["rel_err"] = std::sqrt(off / all);
   if (blocks == 0) return;
   state.counters["groups"] = groups / blocks;
   state.counters["of_products"] = products / exact_products;
   const double grouping = grouping_seconds(in, c.options, report);
   state.counters["of_saved"] = exact_median > median ? grouping / (exact_median - median) : 0;
+}
+
+// One new token of many sequences that share their keys, by groups of all their rows, beside the exact kernel.
+void run_pooled_decode(benchmark::State& state, index_t sequences, const shape& of, index_t topics) {
+  const document in({of.length, of.q_heads, of.kv_heads, of.dim}, topics, 0.04);
+  const tensor_view<const float, 4> q(in.q.data(), {sequences, 1, of.q_heads, of.dim});
+  const tensor_view<const float, 4> k(in.k.data(), {sequences, of.length, of.kv_heads, of.dim},
+                                      {0, of.kv_heads * of.dim, of.dim, 1});
+  const tensor_view<const float, 4> v(in.v.data(), {sequences, of.length, of.kv_heads, of.dim},
+                                      {0, of.kv_heads * of.dim, of.dim, 1});
+  std::vector<float> out(static_cast<std::size_t>(q.size())), exact_out(out.size());
+  const auto to = view(out.data(), {sequences, 1, of.q_heads, of.dim});
+  const auto exact_to = view(exact_out.data(), {sequences, 1, of.q_heads, of.dim});
+  grouped_options o;
+  o.attention.causal = true;
+  o.block = 512, o.window = 256, o.grouping.groups = topics, o.pool_batch = true;
+  samples exact, grouped;
+  context ctx;
+  for (auto _ : state) {
+    const double seconds = seconds_of([&] { grouped_attention(q, k, v, to, o, ctx); });
+    grouped.add(seconds);
+    state.SetIterationTime(seconds);
+    exact.add(seconds_of([&] { attention(q, k, v, exact_to, o.attention, ctx); }));
+  }
+  grouped_report report;
+  grouped_attention(q, k, v, to, o, ctx, &report);
+  state.counters["seconds"] = grouped.median();
+  state.counters["x_exact"] = exact.median() / grouped.median();
+  state.counters["rel_err"] = compare(tensor_view<const float, 4>(to), tensor_view<const float, 4>(exact_to)).relative;
+  state.counters["groups"] = static_cast<double>(report.blocks[0].groups);
+}
+
+// Local attention by a mask: time a token, which should not depend on how many there are.
+template <class Mask>
+void run_local(benchmark::State& state, const shape& of, const Mask& mask) {
+  const document in(of, 0, 1);
+  std::vector<float> out;
+  samples local;
+  context ctx;
+  for (auto _ : state) {
+    const double seconds = seconds_of(
+        [&] { attention(in.queries(), in.keys(), in.values(), in.outputs(out), {.causal = true}, mask, ctx); });
+    local.add(seconds);
+    state.SetIterationTime(seconds);
+  }
+  state.counters["seconds"] = local.median();
+  state.counters["us_a_token"] = 1e6 * local.median() / static_cast<double>(of.length);
 }
 
 // Nearest centres of rows beside the same products by Eigen, without their comparison.
@@ -201,6 +251,25 @@ void add_all() {
   o.tolerance.reset();
   o.grouping.groups = 64;
   add("kmeans_improved_lse_spread_0.1", 64, o, 0.1);
+
+  benchmark::RegisterBenchmark("grouped/pooled_decode/f32/b64q1t16384h32g8d128/t1",
+                               [=](benchmark::State& state) { run_pooled_decode(state, 64, large, 64); })
+      ->Iterations(5)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+
+  const auto add_local = [&](const std::string& mask_name, index_t length, const auto& mask) {
+    const std::string name = "local/" + mask_name + "/f32/q" + std::to_string(length) + "h32g8d128/t1";
+    const shape of{length, 32, 8, 128};
+    benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { run_local(state, of, mask); })
+        ->Iterations(5)
+        ->UseManualTime()
+        ->Unit(benchmark::kMillisecond);
+  };
+  for (const index_t length : {2048, 4096, 8192, 16384}) {
+    add_local("sliding_window_1024", length, sliding_window(1023, 0));
+    add_local("block_local_512_2", length, block_local(512, 1, 0));
+  }
 
   for (const auto& [rows, centres, dim] :
        {std::array<index_t, 3>{2048, 64, 128}, {2048, 128, 128}, {1024, 32, 128}, {2048, 64, 64}, {4096, 256, 128}}) {

@@ -2,8 +2,6 @@
 // One table: attention at the geometry of Llama-3-8B (32 query heads of dim 128) with 32, 8 and 1 KV heads, through the
 // library, through an Eigen matrix-product loop as a user would write it, and through the naive reference in double.
 // All three use the same threads. Exits with 1 if the library's result is not the reference's.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +14,7 @@
 #include "../bench/support/eigen_attention.hpp"
 #include "../bench/support/operands.hpp"
 #include "../bench/support/stopwatch.hpp"
+#include "progress.hpp"
 
 namespace {
 
@@ -36,25 +35,6 @@ struct row {
   gqa::layout order;                     // of keys and values in memory
   double gqa = 0, eigen = 0, naive = 0;  // seconds
   double error = 0;
-};
-
-// Tells how far the demo is: a line that overwrites itself on a terminal, plain lines elsewhere.
-class progress {
- public:
-  void show(const std::string& what) const {
-    if (live_) {
-      std::printf("\r\033[K%s", what.c_str());
-    } else {
-      std::printf("%s\n", what.c_str());
-    }
-    std::fflush(stdout);
-  }
-  void done() const {
-    if (live_) std::printf("\r\033[K");
-  }
-
- private:
-  bool live_ = isatty(STDOUT_FILENO) != 0;
 };
 
 std::vector<row> measure(const workload& w, const grouping& of, gqa::context& ctx) {
@@ -103,7 +83,7 @@ int main(int argc, char** argv) {
   std::printf("Causal attention in float, %td query heads of dim %td, batch 1, %d threads\n\n", q_heads, head_dim,
               threads);
 
-  const progress tell;
+  const example::progress tell(stdout);
   std::string table =
       "                                     time (ms)               gqa is faster than\n"
       "phase          heads  K, V     gqa  Eigen loop   naive   Eigen loop   naive  KV MiB  largest error\n";

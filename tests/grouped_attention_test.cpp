@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -15,6 +16,7 @@
 #include "support/matchers.hpp"
 #include "support/oracle.hpp"
 #include "support/rng.hpp"
+#include "support/test_data.hpp"
 
 namespace gqa::test {
 namespace {
@@ -111,16 +113,17 @@ std::vector<query_groups<accumulator_t<X>>> groups_of(const grouped_case<X>& c, 
   return all;
 }
 
-// groupwise_attention() gives every row the weights of its definition.
+// groupwise_attention() gives every row the weights of its definition. Slopes: ALiBi's, where heads are not pooled.
 template <class X>
-void expect_definition(const grouped_case<X>& c, groupwise_form form, index_t top_keys, index_t length) {
+void expect_definition(const grouped_case<X>& c, groupwise_form form, index_t top_keys, index_t length,
+                       const std::vector<float>& slopes = {}) {
   using A = accumulator_t<X>;
   grouping_options grouping;
   grouping.groups = 7;
   const auto groups = groups_of(c, grouping);
   const std::vector<index_t> lengths(static_cast<std::size_t>(c.b), length);
   attention_options scores;
-  scores.kv_lengths = lengths;
+  scores.kv_lengths = lengths, scores.alibi_slopes = slopes;
   result<A> actual;
   context ctx;
   groupwise_attention(c.queries(), c.keys(), c.values(), std::span<const query_groups<A>>(groups),
@@ -128,12 +131,14 @@ void expect_definition(const grouped_case<X>& c, groupwise_form form, index_t to
   comparison compared;
   for (index_t b = 0; b < c.b; ++b) {
     for (index_t g = 0; g < c.g; ++g) {
-      const naive_groupwise naive{c.keys_of(b, g, length), 1 / std::sqrt(static_cast<double>(c.d))};
+      naive_groupwise naive{c.keys_of(b, g, length), 1 / std::sqrt(static_cast<double>(c.d))};
+      if (!slopes.empty()) naive.slope = static_cast<double>(slopes[static_cast<std::size_t>(g)]);
       const auto& set = groups[static_cast<std::size_t>(b * c.g + g)];
       for (index_t j = 0; j < set.size(); ++j) {
         const row representative(set.representative(j).begin(), set.representative(j).end());
         for (const index_t i : set.members(j)) {
           const row q = c.query(b, g, i);
+          naive.position = static_cast<double>(length - c.s + i / (c.h / c.g));
           const weights w = set.members(j).size() == 1
                                 ? naive.exact(q)
                                 : naive.shared(q, representative, form, static_cast<std::size_t>(top_keys));
@@ -167,6 +172,46 @@ TEST(GroupwiseAttention, GivesTheWeightsOfItsDefinition) {
       expect_definition(make_case<float>({1, 20, 200, 4, 2, 16, 8}, data_kind::repeated, 5), form, top_keys, 200);
     expect_definition(make_case<double>({1, 33, 200, 4, 1, 24, 16}, data_kind::key_offset, 3, 0.4), form, 16, 190);
     expect_definition(make_case<Eigen::bfloat16>({1, 16, 100, 4, 2, 32, 16}, data_kind::sink, 4), form, 16, 100);
+  }
+}
+
+TEST(GroupwiseAttention, GivesTheWeightsOfItsDefinitionUnderAlibi) {
+  for (const groupwise_form form : forms) {
+    for (const index_t top_keys : {0, 1, 20, 1000}) {
+      // In double: slopes whose products with distances floats hold exactly.
+      expect_definition(make_case<double>({2, 40, 150, 3, 3, 16, 24}, data_kind::planted, 1, 0.4), form, top_keys, 150,
+                        {0.5f, -0.125f, 0.0078125f});
+      expect_definition(make_case<float>({1, 40, 190, 3, 3, 24, 8}, data_kind::key_offset, 2, 0.4), form, top_keys, 180,
+                        {0.3f, -0.07f, 0});
+    }
+  }
+}
+
+// Every head has a slope and a set of groups of its own: GQA is MHA with copies of its keys.
+TEST(GroupwiseAttention, GroupsHeadByHeadUnderAlibi) {
+  const auto c = make_case<float>({2, 40, 150, 6, 2, 16, 24}, data_kind::planted, 1, 0.4);
+  auto copied = c;
+  copied.g = 6, copied.k.clear(), copied.v.clear();
+  for (index_t token = 0; token < 2 * 150; ++token) {
+    for (index_t h = 0; h < 6; ++h) {
+      const auto k = c.k.begin() + (token * 2 + h / 3) * 16, v = c.v.begin() + (token * 2 + h / 3) * 24;
+      copied.k.insert(copied.k.end(), k, k + 16), copied.v.insert(copied.v.end(), v, v + 24);
+    }
+  }
+  grouping_options grouping;
+  grouping.groups = 5;
+  const auto groups = groups_of(copied, grouping);
+  const std::span<const query_groups<float>> sets(groups);
+  const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 0.0625f, -0.1f, 0};
+  attention_options scores;
+  scores.alibi_slopes = slopes;
+  for (const groupwise_form form : forms) {
+    result<float> shared, own;
+    context ctx;
+    groupwise_attention(c.queries(), c.keys(), c.values(), sets, shared.state(2, 40, 6, 24), scores, {form, 8}, ctx);
+    groupwise_attention(copied.queries(), copied.keys(), copied.values(), sets, own.state(2, 40, 6, 24), scores,
+                        {form, 8}, ctx);
+    EXPECT_TRUE(shared == own) << static_cast<int>(form);
   }
 }
 
@@ -210,60 +255,96 @@ TEST(GroupwiseAttention, OverACacheIsThatOverTensors) {
   }
 }
 
-// What the definitions promise, on thousands of rows: all in double, on the oracle's weights and the library's groups.
-TEST(GroupwiseAttention, KeepsTheInequalitiesOfItsDefinition) {
-  rng random(99);
-  double paper_error = 0, lse_error = 0;  // on data whose keys have an offset
-  for (int round = 0; round < 250; ++round) {
-    const data_kind kind = kinds[round % 5];
-    const index_t keys = random.between(2, 60);
-    const auto c = make_case<double>({1, 10, keys, 3, 1, 6, 4}, kind, random.bits(), random.uniform());
-    grouping_options grouping;
-    grouping.groups = random.between(1, 12), grouping.seed = random.bits();
-    grouping.method = random.chance(0.5) ? grouping_method::kmeans : grouping_method::cover;
-    const auto set = groups_of(c, grouping)[0];
-    const naive_groupwise naive{c.keys_of(0, 0, keys), random.chance(0.2) ? -0.3 : 0.4};
-    row mean(6);
-    for (const row& k : naive.keys)
-      for (std::size_t d = 0; d < 6; ++d) mean[d] += k[d] / static_cast<double>(keys);
-    double spread = 0;
-    for (const row& k : naive.keys) {
-      double sum = 0;
-      for (std::size_t d = 0; d < 6; ++d) sum += (k[d] - mean[d]) * (k[d] - mean[d]);
-      spread = std::max(spread, std::sqrt(sum));
-    }
-    for (index_t j = 0; j < set.size(); ++j) {
-      const row centre(set.representative(j).begin(), set.representative(j).end());
-      const double bound = 2 * std::tanh(std::abs(naive.scale) * set.radius(j) * spread / 2);
-      for (const index_t i : set.members(j)) {
-        const row q = c.query(0, 0, i);
-        const weights exact = naive.exact(q);
-        const double clustered = l1(naive.shared(q, centre, groupwise_form::clustered, 0).of, exact.of);
-        ASSERT_LE(clustered, bound + 1e-12);
-        for (const std::size_t k : {1u, 4u, 16u}) {
-          const double improved = l1(naive.shared(q, centre, groupwise_form::improved, k).of, exact.of);
-          ASSERT_LE(improved, clustered + 1e-12);
-          const weights by_lse = naive.shared(q, centre, groupwise_form::improved_lse, k);
-          const double with_lse = l1(by_lse.of, exact.of);
-          ASSERT_LE(with_lse, bound + 1e-12);
-          const std::vector<bool> is_top = naive.top(centre, k);
-          const double true_rest = log_sum_exp(naive_groupwise::where(naive.scores(q), is_top, false));
-          ASSERT_LE(naive.corrected_rest(q, centre, is_top), true_rest + 1e-12);
-          for (index_t e = 0; e < c.e; ++e) {
-            double off = 0, least = 1e300, most = -1e300;
-            for (index_t t = 0; t < keys; ++t) {
-              const double v = c.values()(0, t, 0, e);
-              off += (by_lse.of[static_cast<std::size_t>(t)] - exact.of[static_cast<std::size_t>(t)]) * v;
-              least = std::min(least, v), most = std::max(most, v);
-            }
-            ASSERT_LE(std::abs(off), with_lse / 2 * (most - least) + 1e-12);
+// What the definitions promise of KV head 0, in double, on the oracle's weights and the library's groups. Returns the
+// sums of L1 errors of the paper's improved form and of that by log-sum-exps.
+std::pair<double, double> check_inequalities(const grouped_case<double>& c, const grouping_options& grouping,
+                                             double scale) {
+  const auto set = groups_of(c, grouping)[0];
+  const naive_groupwise naive{c.keys_of(0, 0, c.t), scale};
+  const auto dim = static_cast<std::size_t>(c.d);
+  row mean(dim);
+  for (const row& k : naive.keys)
+    for (std::size_t d = 0; d < dim; ++d) mean[d] += k[d] / static_cast<double>(c.t);
+  double spread = 0;
+  for (const row& k : naive.keys) {
+    double sum = 0;
+    for (std::size_t d = 0; d < dim; ++d) sum += (k[d] - mean[d]) * (k[d] - mean[d]);
+    spread = std::max(spread, std::sqrt(sum));
+  }
+  std::pair<double, double> errors{0, 0};
+  for (index_t j = 0; j < set.size(); ++j) {
+    const row centre(set.representative(j).begin(), set.representative(j).end());
+    const double bound = 2 * std::tanh(std::abs(scale) * set.radius(j) * spread / 2);
+    for (const index_t i : set.members(j)) {
+      const row q = c.query(0, 0, i);
+      const weights exact = naive.exact(q);
+      const double clustered = l1(naive.shared(q, centre, groupwise_form::clustered, 0).of, exact.of);
+      EXPECT_LE(clustered, bound + 1e-12);
+      for (const std::size_t k : {1u, 4u, 16u}) {
+        const double improved = l1(naive.shared(q, centre, groupwise_form::improved, k).of, exact.of);
+        EXPECT_LE(improved, clustered + 1e-12);
+        const weights by_lse = naive.shared(q, centre, groupwise_form::improved_lse, k);
+        const double with_lse = l1(by_lse.of, exact.of);
+        EXPECT_LE(with_lse, bound + 1e-12);
+        const std::vector<bool> is_top = naive.top(centre, k);
+        const double true_rest = log_sum_exp(naive_groupwise::where(naive.scores(q), is_top, false));
+        EXPECT_LE(naive.corrected_rest(q, centre, is_top), true_rest + 1e-12);
+        for (index_t e = 0; e < c.e; ++e) {
+          double off = 0, least = 1e300, most = -1e300;
+          for (index_t t = 0; t < c.t; ++t) {
+            const double v = c.values()(0, t, 0, e);
+            off += (by_lse.of[static_cast<std::size_t>(t)] - exact.of[static_cast<std::size_t>(t)]) * v;
+            least = std::min(least, v), most = std::max(most, v);
           }
-          if (kind == data_kind::key_offset) paper_error += improved, lse_error += with_lse;
+          EXPECT_LE(std::abs(off), with_lse / 2 * (most - least) + 1e-12);
         }
+        errors.first += improved, errors.second += with_lse;
       }
     }
   }
+  return errors;
+}
+grouping_options random_grouping(rng& random) {
+  grouping_options grouping;
+  grouping.groups = random.between(1, 12), grouping.seed = random.bits();
+  grouping.method = random.chance(0.5) ? grouping_method::kmeans : grouping_method::cover;
+  return grouping;
+}
+
+TEST(GroupwiseAttention, KeepsTheInequalitiesOfItsDefinition) {
+  rng random(99);
+  double paper_error = 0, lse_error = 0;  // on data whose keys have an offset
+  for (int round = 0; round < 2000 && !::testing::Test::HasFailure(); ++round) {
+    const data_kind kind = kinds[round % 5];
+    const auto c = make_case<double>({1, 5, random.between(2, 60), 2, 1, 6, 2}, kind, random.bits(), random.uniform());
+    const auto [paper, lse] = check_inequalities(c, random_grouping(random), random.chance(0.2) ? -0.3 : 0.4);
+    if (kind == data_kind::key_offset) paper_error += paper, lse_error += lse;
+  }
   EXPECT_LT(lse_error, paper_error);
+}
+
+// Blocks of a trained model's queries over all keys before them.
+TEST(GroupwiseAttention, KeepsTheInequalitiesOnRealData) {
+  GQA_NEED_TEST_DATA();
+  rng random(7);
+  for (const real_layer& layer : read_real_layers()) {
+    const index_t group = layer.q_heads / layer.kv_heads, d = layer.dim;
+    for (index_t g = 0; g < layer.kv_heads; ++g) {
+      for (const index_t first : {64, 256}) {
+        grouped_case<double> c{1, 32, first, group, 1, d, d, {}, {}, {}};
+        for (index_t s = first; s < first + 32; ++s) {
+          const auto q = layer.q.begin() + (s * layer.q_heads + g * group) * d;
+          c.q.insert(c.q.end(), q, q + group * d);
+        }
+        for (index_t t = 0; t < first; ++t) {
+          const auto k = layer.k.begin() + (t * layer.kv_heads + g) * d,
+                     v = layer.v.begin() + (t * layer.kv_heads + g) * d;
+          c.k.insert(c.k.end(), k, k + d), c.v.insert(c.v.end(), v, v + d);
+        }
+        check_inequalities(c, random_grouping(random), 1 / std::sqrt(static_cast<double>(d)));
+      }
+    }
+  }
 }
 
 // Adding one vector to all keys changes no weight of improved_lse, near keys or not.
@@ -363,6 +444,7 @@ TEST(GroupedAttention, TakesOptionsOfAttention) {
   const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 6);
   const std::vector<index_t> lengths{150, 170}, offsets{3, 40}, heads{0, 5, 6}, one_owner{0, 6, 6};
   const std::vector<float> sinks{0.5f, -1, 2, 0, -std::numeric_limits<float>::infinity(), 1};
+  const std::vector<float> slopes{0.5f, 0.3f, 0.1f, 0, -0.07f, 0.03125f};
   const auto with = [&](const char* what, const auto& change) {
     auto o = small_blocks<float>(groupwise_form::improved, true);
     o.grouping.groups = 1000;
@@ -378,6 +460,109 @@ TEST(GroupedAttention, TakesOptionsOfAttention) {
   with("scale", [&](auto& a) { a.scale = -0.4; });
   with("unequal groups", [&](auto& a) { a.group_offsets = heads; });
   with("one KV head for all", [&](auto& a) { a.group_offsets = one_owner; });
+  for (const bool causal : {true, false}) {
+    with("ALiBi", [&](auto& a) { a.alibi_slopes = slopes, a.causal = causal; });
+    with("ALiBi and sinks", [&](auto& a) {
+      a.alibi_slopes = slopes, a.causal = causal, a.sinks = sinks, a.kv_lengths = lengths, a.query_offsets = offsets;
+    });
+    with("ALiBi and unequal groups", [&](auto& a) { a.alibi_slopes = slopes, a.group_offsets = heads; });
+  }
+  auto o = small_blocks<float>(groupwise_form::improved, true);
+  o.grouping.groups = 1000;
+  const std::vector<index_t> all_heads{0, 6};
+  o.attention.alibi_slopes = slopes, o.attention.group_offsets = all_heads;
+  expect_exact(make_case<float>({1, 130, 170, 6, 1, 16, 24}, data_kind::planted, 6), o, "ALiBi and one KV head");
+}
+
+// Rows of a head under ALiBi differ by a number each, which no weight sees.
+TEST(GroupedAttention, SharesUnderAlibi) {
+  const std::vector<float> slopes{0.0625f, 0.01f, 0.002f, -0.001f};
+  const auto c = make_case<float>({1, 600, 600, 4, 2, 16, 8}, data_kind::planted, 7, 0.01);
+  for (const bool strict : {false, true}) {
+    auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+    o.attention.alibi_slopes = slopes, o.grouping.groups = 6, o.strict_causal = strict;
+    grouped_report report;
+    const auto actual = run_grouped(c, o, &report);
+    const auto expected = run_oracle_on(c.queries(), c.keys(), c.values(), o.attention);
+    for (std::size_t i = 0; i < actual.out.size(); ++i)
+      ASSERT_NEAR(static_cast<double>(actual.out[i]), expected.out[i], 0.02);
+    ASSERT_EQ(report.blocks.size(), 60u);  // 15 blocks of 4 heads
+    for (std::size_t i = 0; i < 60; ++i) {
+      const block_report& b = report.blocks[i];
+      EXPECT_EQ(b.head_begin, static_cast<index_t>(i % 4));
+      EXPECT_EQ(b.head_end, b.head_begin + 1);
+      EXPECT_EQ(b.kv_head, b.head_begin / 2);
+      EXPECT_EQ(b.exact, b.query_begin == 0);
+      EXPECT_LE(b.groups + b.alone, 6);  // strict: some of the block before get none
+    }
+  }
+}
+
+// Decode of sequences that share their keys: the rows of all of them are those of one block.
+TEST(GroupedAttention, PoolsSequencesThatShareKeys) {
+  const index_t sequences = 6;
+  const auto c = make_case<double>({1, sequences, 300, 4, 2, 16, 8}, data_kind::planted, 7, 0.05);
+  const tensor_view<const double, 4> q(c.q.data(), {sequences, 1, 4, 16});
+  const tensor_view<const double, 4> k(c.k.data(), {sequences, 300, 2, 16}, {0, 32, 16, 1});
+  const tensor_view<const double, 4> v(c.v.data(), {sequences, 300, 2, 8}, {0, 16, 8, 1});
+  std::vector<double> out(static_cast<std::size_t>(sequences * 4 * 8));
+  const tensor_view<double, 4> to(out.data(), {sequences, 1, 4, 8});
+  grouped_report report;
+  context ctx;
+  auto o = small_blocks<double>(groupwise_form::improved_lse, true);
+  o.pool_batch = true;
+  const auto exact = run_oracle_on(q, k, v, o.attention);
+  for (const index_t groups : {1000, 6}) {
+    o.grouping.groups = groups;
+    grouped_attention(q, k, v, to, o, ctx, &report);
+    ASSERT_EQ(report.blocks.size(), 2u);
+    for (const block_report& b : report.blocks) {
+      EXPECT_EQ(b.sequences, sequences);
+      EXPECT_EQ(b.groups + b.alone, std::min<index_t>(groups, sequences * 2));
+      EXPECT_EQ(b.alone == 12, groups == 1000);
+    }
+    for (std::size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], exact.out[i], groups == 1000 ? 1e-12 : 0.05) << i;
+  }
+  // They are what so many heads of one sequence are.
+  std::vector<double> regrouped(out.size());
+  for (index_t g = 0; g < 2; ++g) {
+    std::vector<double> rows;  // of KV head g, [sequences, 2 heads]
+    for (index_t b = 0; b < sequences; ++b) rows.insert(rows.end(), &q(b, 0, 2 * g, 0), &q(b, 0, 2 * g, 0) + 32);
+    const tensor_view<const double, 4> q_of_g(rows.data(), {1, 1, 2 * sequences, 16});
+    const tensor_view<const double, 4> k_of_g(c.k.data() + g * 16, {1, 300, 1, 16}, {0, 32, 16, 1});
+    const tensor_view<const double, 4> v_of_g(c.v.data() + g * 8, {1, 300, 1, 8}, {0, 16, 8, 1});
+    std::vector<double> of_g(static_cast<std::size_t>(2 * sequences * 8));
+    o.pool_batch = false;
+    grouped_attention(q_of_g, k_of_g, v_of_g, view(of_g.data(), {1, 1, 2 * sequences, 8}), o, ctx);
+    for (index_t b = 0; b < sequences; ++b) {
+      for (index_t x = 0; x < 16; ++x)
+        ASSERT_NEAR(of_g[static_cast<std::size_t>(b * 16 + x)], to(b, 0, 2 * g + x / 8, x % 8), 1e-12);
+    }
+  }
+}
+// Blocks of several queries a sequence, with an exact first block.
+TEST(GroupedAttention, PoolsQueriesOfSequencesThatShareKeys) {
+  auto c = make_case<float>({3, 130, 170, 4, 2, 16, 24}, data_kind::planted, 3, 0.01);
+  for (std::size_t i = 2 * c.q.size() / 3; i < c.q.size(); ++i) c.q[i] = -c.q[i];  // the last has topics of its own
+  const tensor_view<const float, 4> k(c.k.data(), {3, 170, 2, 16}, {0, 32, 16, 1});
+  const tensor_view<const float, 4> v(c.v.data(), {3, 170, 2, 24}, {0, 48, 24, 1});
+  for (const bool strict : {false, true}) {
+    auto o = small_blocks<float>(groupwise_form::improved_lse, true);
+    o.pool_batch = true, o.strict_causal = strict, o.grouping.groups = 12;
+    const std::vector<index_t> lengths(3, 160);
+    o.attention.kv_lengths = lengths;
+    result<float> actual;
+    grouped_report report;
+    context ctx;
+    grouped_attention(c.queries(), k, v, actual.state(3, 130, 4, 24), o, ctx, &report);
+    const auto expected = run_oracle_on(c.queries(), k, v, o.attention);
+    EXPECT_TRUE(report.blocks[0].exact);
+    EXPECT_EQ(report.blocks.back().groups, 12);
+    for (std::size_t i = 0; i < actual.out.size(); ++i)
+      ASSERT_NEAR(static_cast<double>(actual.out[i]), expected.out[i], 0.02);
+    for (std::size_t i = 0; i < actual.lse.size(); ++i)
+      ASSERT_NEAR(static_cast<double>(actual.lse[i]), expected.lse[i], 0.02);
+  }
 }
 
 TEST(GroupedAttention, KeepsItsTolerance) {
@@ -486,7 +671,13 @@ TEST(GroupedAttention, ReportsWhatItDid) {
     EXPECT_EQ(b.kv_head, static_cast<index_t>(i % 2));
     const index_t far = std::max<index_t>(b.query_begin - 25, 0);
     EXPECT_EQ(b.exact, far == 0);
-    if (far == 0) continue;
+    // Rows times the keys that they see, of those near ones in the block half.
+    EXPECT_EQ(b.exact_cost, static_cast<double>(80 * (b.query_begin + 20) * (16 + 8)));
+    if (far == 0) {
+      EXPECT_EQ(b.cost, b.exact_cost);
+      continue;
+    }
+    EXPECT_GT(b.cost, b.products);
     EXPECT_EQ(b.groups + b.alone, 6);
     EXPECT_GT(b.retained_mass, 0);
     EXPECT_LT(b.retained_mass, 1);
@@ -578,7 +769,10 @@ TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
               o.attention.bias = tensor_view<const float, 4>(bias.data(), {1, 1, 20, 30});
             }),
             errc::option);
-  EXPECT_EQ(with([&](auto& o) { o.attention.alibi_slopes = slopes; }), errc::option);
+  EXPECT_EQ(with([&](auto& o) {
+              o.attention.alibi_slopes = slopes, o.attention.softcap = 3, o.groupwise.form = groupwise_form::improved;
+            }),
+            errc::option);
   EXPECT_EQ(with([](auto& o) { o.attention.window = {5, -1}; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.attention.softcap = 3; }), errc::option);
   EXPECT_EQ(with([](auto& o) { o.block = 0; }), errc::option);
@@ -600,11 +794,43 @@ TEST(GroupedAttention, RefusesWhatGroupsCannotShare) {
             errc::ok);
 }
 
+TEST(GroupedAttention, RefusesToPoolWhatIsNotShared) {
+  const auto c = make_case<float>({2, 20, 30, 2, 1, 8, 8}, data_kind::random, 1);
+  std::vector<float> out(2 * 20 * 2 * 8, 7.0f);
+  context ctx;
+  const tensor_view<const float, 4> k(c.k.data(), {2, 30, 1, 8}, {0, 8, 8, 1}),
+      v(c.v.data(), {2, 30, 1, 8}, {0, 8, 8, 1});
+  kv_cache<float> cache(2, 1, 30, 8);
+  cache.append(c.keys(), c.values());
+  const auto code_of = [&](const auto& kv, const auto& change) {
+    grouped_options o;
+    o.pool_batch = true, o.block = 8, o.always_group = true;
+    change(o);
+    try {
+      grouped_attention(c.queries(), kv, view(out.data(), {2, 20, 2, 8}), o, ctx);
+    } catch (const error& e) {
+      EXPECT_EQ(std::count(out.begin(), out.end(), 7.0f), static_cast<std::ptrdiff_t>(out.size()));
+      return e.code();
+    }
+    return errc::ok;
+  };
+  const std::vector<index_t> unequal{20, 21}, equal{20, 20};
+  const auto nothing = [](auto&) {};
+  EXPECT_EQ(code_of(kv_view(c.keys(), c.values()), nothing), errc::option);
+  EXPECT_EQ(code_of(kv_view(k, c.values()), nothing), errc::option);
+  EXPECT_EQ(code_of(kv_view(c.keys(), v), nothing), errc::option);
+  EXPECT_EQ(code_of(cache, nothing), errc::option);
+  EXPECT_EQ(code_of(kv_view(k, v), [&](auto& o) { o.attention.kv_lengths = unequal; }), errc::option);
+  EXPECT_EQ(code_of(kv_view(k, v), [&](auto& o) { o.attention.query_offsets = unequal; }), errc::option);
+  EXPECT_EQ(code_of(kv_view(k, v), [&](auto& o) { o.attention.kv_lengths = equal; }), errc::ok);
+}
+
 TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
   const auto c = make_case<float>({1, 10, 30, 4, 2, 8, 8}, data_kind::random, 1);
   grouping_options grouping;
   grouping.groups = 3;
   const auto good = groups_of(c, grouping);
+  const std::vector<float> slopes(4);
   context ctx;
   const auto with = [&](const auto& change) {
     auto sets = good;
@@ -631,6 +857,8 @@ TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
   EXPECT_EQ(with([](auto& sets, auto&) { sets[0].offsets[1] = 21; }), errc::range);
   EXPECT_EQ(with([](auto& sets, auto&) { sets[0].representatives.pop_back(); }), errc::range);
   EXPECT_EQ(with([](auto&, auto& scores) { scores.causal = true; }), errc::option);
+  EXPECT_EQ(with([&](auto&, auto& scores) { scores.alibi_slopes = slopes; }), errc::shape);  // sets of heads then
+  EXPECT_EQ(with([&](auto&, auto& scores) { scores.alibi_slopes = slopes, scores.softcap = 2; }), errc::option);
 }
 #endif
 

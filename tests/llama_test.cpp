@@ -2,7 +2,6 @@
 // The example engine: a trained model's published text and loss, and files that are not what they should be. The
 // program itself is GQA_LLAMA.
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <algorithm>
 #include <array>
@@ -19,6 +18,7 @@
 
 #include "../examples/llama/generate.hpp"
 #include "support/kernels.hpp"
+#include "support/run_program.hpp"
 #include "support/test_data.hpp"
 
 namespace gqa::test {
@@ -34,16 +34,8 @@ std::string greedy_facts() {
   return read_file(test_data_folder() + "/models/stories260K_greedy.json");
 }
 
-struct outcome {
-  int exit_code;
-  std::string out, err;
-};
-
-outcome run_program(const std::string& arguments) {
-  const std::string stem = ::testing::TempDir() + "/gqa_llama_" + std::to_string(std::hash<std::string>{}(arguments));
-  const std::string command = std::string(GQA_LLAMA) + ' ' + arguments + " >" + stem + ".out 2>" + stem + ".err";
-  const int status = std::system(command.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(stem + ".out"), read_file(stem + ".err")};
+outcome run_llama(const std::string& arguments) {
+  return run_program(GQA_LLAMA, arguments);
 }
 
 std::string of_model(const std::string& more) {
@@ -61,7 +53,7 @@ TEST(Llama, WritesThePublishedText) {
   const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
   ASSERT_GT(expected.size(), 400u);
   for (const char* const threads : {"1", "2"}) {
-    const outcome o = run_program(of_model("--steps 200 --threads " + std::string(threads)));
+    const outcome o = run_llama(of_model("--steps 200 --threads " + std::string(threads)));
     EXPECT_EQ(o.exit_code, 0) << o.err;
     EXPECT_EQ(o.out, expected) << threads << " threads";
     EXPECT_NE(o.err.find("tokens/s"), std::string::npos);
@@ -73,12 +65,12 @@ TEST(Llama, ContinuesAPromptAsItWouldHaveGoneOn) {
   GQA_NEED_TEST_DATA();
   const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
   for (const char* const threads : {"1", "2"}) {
-    const outcome o = run_program(
+    const outcome o = run_llama(
         of_model("--steps 200 --prompt '" + expected.substr(0, expected.find(" Lily.")) + "' --threads " + threads));
     EXPECT_EQ(o.exit_code, 0) << o.err;
     EXPECT_EQ(o.out, expected) << threads << " threads";
   }
-  EXPECT_EQ(run_program(of_model("--steps 4 --prompt 'Once upon a time, there was'")).out, "Once upon a time");
+  EXPECT_EQ(run_llama(of_model("--steps 4 --prompt 'Once upon a time, there was'")).out, "Once upon a time");
 }
 
 TEST(Llama, OnePrefillAndSingleTokensGoOnAlike) {
@@ -123,7 +115,7 @@ TEST(Llama, TeacherForcedLossIsTheStoredOne) {
 
 // The loss that the program prints.
 double loss_of(const std::string& more) {
-  const outcome o = run_program(of_model("--loss " + test_data_folder() + "/text/tinystories_sample.txt " + more));
+  const outcome o = run_llama(of_model("--loss " + test_data_folder() + "/text/tinystories_sample.txt " + more));
   EXPECT_EQ(o.exit_code, 0) << o.err;
   double loss = -1;
   EXPECT_EQ(std::sscanf(o.out.c_str(), "%*d tokens, loss %lf", &loss), 1) << o.out;
@@ -144,7 +136,35 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
   EXPECT_LT(std::abs(many - exact), std::abs(few - exact));
   EXPECT_GT(std::abs(loss_of("--steps 512 --attention local --window 8") - exact), 1e-2);
   const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
-  EXPECT_EQ(run_program(of_model("--steps 200 --attention grouped")).out, expected);
+  EXPECT_EQ(run_llama(of_model("--steps 200 --attention grouped")).out, expected);
+}
+
+// What is captured is what a computation in double stored, layer by layer.
+TEST(Llama, CapturesWhatAttentionIsAsked) {
+  GQA_NEED_TEST_DATA();
+  const std::string path = ::testing::TempDir() + "/gqa_llama_capture.npy";
+  loss_of("--steps 512 --capture " + path);
+  const auto captured = example::capture::read(path);
+  ASSERT_EQ(captured.layers(), 5);
+  ASSERT_EQ(captured.tokens(), 511);  // the last token is only foretold
+  ASSERT_EQ(captured.q_heads(), 8);
+  ASSERT_EQ(captured.kv_heads(), 4);
+  const auto expect_same = [](const tensor_view<const float, 4>& actual, const std::vector<float>& expected) {
+    for (index_t t = 0; t < 511; ++t) {
+      for (index_t i = 0; i < actual.extent(2) * 8; ++i)
+        ASSERT_NEAR(actual(0, t, i / 8, i % 8), expected[static_cast<std::size_t>(t * actual.extent(2) * 8 + i)],
+                    1e-3f);
+    }
+  };
+  const auto stored = read_real_layers();
+  for (index_t layer = 0; layer < 5; ++layer) {
+    expect_same(captured.queries(layer, 511), stored[static_cast<std::size_t>(layer)].q);
+    expect_same(captured.keys(layer, 511), stored[static_cast<std::size_t>(layer)].k);
+    expect_same(captured.values(layer, 511), stored[static_cast<std::size_t>(layer)].v);
+  }
+  EXPECT_EQ(run_llama(of_model("--steps 10 --capture " + path)).exit_code, 0);  // of tokens one by one
+  EXPECT_EQ(example::capture::read(path).tokens(), 10);
+  EXPECT_EQ(run_llama(of_model("--steps 10 --capture /no/such/folder/file.npy")).exit_code, 2);
 }
 
 TEST(Llama, TokensOfATextSpellIt) {
@@ -163,7 +183,7 @@ TEST(Llama, TokensOfATextSpellIt) {
 }
 
 TEST(Llama, ExplainsItselfAndRefusesBadOptions) {
-  const outcome help = run_program("--help");
+  const outcome help = run_llama("--help");
   EXPECT_EQ(help.exit_code, 0);
   EXPECT_EQ(help.out.substr(0, 6), "usage:");
   for (const char* const bad : {"", "--model", "--model x", "--nonsense 3", "--model x --tokenizer y --steps -1",
@@ -172,7 +192,7 @@ TEST(Llama, ExplainsItselfAndRefusesBadOptions) {
                                 "--model x --tokenizer y --seed -1", "--model x --tokenizer y --attention all",
                                 "--model x --tokenizer y --window 0", "--model x --tokenizer y --tolerance 3",
                                 "--model x --tokenizer y --groups x", "--model x --tokenizer y --always 2"}) {
-    const outcome o = run_program(bad);
+    const outcome o = run_llama(bad);
     EXPECT_EQ(o.exit_code, 2) << bad;
     EXPECT_EQ(o.out, "") << bad;
     EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << bad << ": " << o.err;
@@ -211,7 +231,7 @@ class LlamaFiles : public ::testing::Test {
     return path;
   }
   static outcome run_on(const std::string& model, const std::string& tokenizer) {
-    return run_program("--model " + model + " --tokenizer " + tokenizer + " --steps 8 --temperature 0 --threads 1");
+    return run_llama("--model " + model + " --tokenizer " + tokenizer + " --steps 8 --temperature 0 --threads 1");
   }
   static void expect_refused(const std::string& model, const std::string& tokenizer, const std::string& what) {
     const outcome o = run_on(model, tokenizer);
@@ -227,7 +247,7 @@ TEST_F(LlamaFiles, AreSampledBySeed) {
   const std::string model = store("sampled.bin", checkpoint_bytes()),
                     tokenizer = store("sampled.tok", tokenizer_bytes());
   const auto text = [&](const std::string& more) {
-    const outcome o = run_program("--model " + model + " --tokenizer " + tokenizer + " --steps 12 " + more);
+    const outcome o = run_llama("--model " + model + " --tokenizer " + tokenizer + " --steps 12 " + more);
     EXPECT_EQ(o.exit_code, 0) << o.err;
     return o.out;
   };
@@ -247,7 +267,7 @@ TEST_F(LlamaFiles, SpellOnePieceAPosition) {
   for (int i = 0; i < 300; ++i) pieces[static_cast<std::size_t>(4 + 12 * i + 8)] = ' ';
   const std::string tokenizer = store("spelt.tok", pieces);
   const auto text = [&](const std::string& more) {
-    return run_program("--model " + model + " --tokenizer " + tokenizer + " --temperature 0 " + more).out;
+    return run_llama("--model " + model + " --tokenizer " + tokenizer + " --temperature 0 " + more).out;
   };
   EXPECT_EQ(text("--steps 3"), "000 000 000");  // equal logits: the first token
   EXPECT_EQ(text("--steps 99"), text("--steps 16"));

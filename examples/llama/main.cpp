@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // gqa_llama: text from a llama2.c checkpoint.
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -19,12 +18,16 @@
 
 #include <gqa/gqa.hpp>
 
+#include "../arguments.hpp"
+#include "../capture.hpp"
 #include "checkpoint.hpp"
 #include "generate.hpp"
 #include "model.hpp"
 #include "tokenizer.hpp"
 
 namespace {
+
+using example::number;
 
 constexpr const char* usage =
     R"(usage: gqa_llama --model M.bin --tokenizer T.bin [options]
@@ -41,6 +44,8 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
   --threads T         of matrix products and attention (default: the machine's)
   --loss FILE         no text: the mean loss over --steps tokens of a file of stories, between which <|endoftext|>
                       stands; repeated if it has fewer, and beyond the positions of the model's training, too
+  --capture FILE      queries, keys and values of all layers and tokens, after their rotation, to a .npy file, from
+                      which gqa_tuner finds options for grouped attention
   --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
                       groups of queries, in prefill
   --window N          near keys (default 256)
@@ -55,7 +60,7 @@ Exit code: 0, or 2 for bad options and for files that are missing, truncated or 
 )";
 
 struct options {
-  std::string model, tokenizer, prompt, loss;
+  std::string model, tokenizer, prompt, loss, capture;
   int steps = 256;
   double temperature = 1;
   std::uint64_t seed = 0;
@@ -68,15 +73,6 @@ llama::attention_kind attention_kind(std::string_view text) {
   if (text == "grouped") return llama::attention_kind::grouped;
   if (text == "local") return llama::attention_kind::local;
   throw std::invalid_argument("--attention: not exact, grouped or local: '" + std::string(text) + "'");
-}
-
-template <class T>
-T number(std::string_view name, std::string_view text, T least, T most) {
-  T value{};
-  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (problem != std::errc{} || end != text.data() + text.size() || !(value >= least && value <= most))
-    throw std::invalid_argument(std::string(name) + ": not a number in its range: '" + std::string(text) + "'");
-  return value;
 }
 
 // Nothing if help was asked for.
@@ -104,6 +100,8 @@ std::optional<options> parse(int argc, char** argv) {
       o.threads = number(name, value, 1, 1024);
     } else if (name == "--loss") {
       o.loss = value;
+    } else if (name == "--capture") {
+      o.capture = value;
     } else if (name == "--attention") {
       o.attention.kind = attention_kind(value);
     } else if (name == "--window") {
@@ -162,6 +160,12 @@ void run(const options& o) {
   const auto ctx = pool ? std::make_unique<gqa::context>(*pool) : std::make_unique<gqa::context>();
   llama::model model(weights, steps, *ctx, o.attention);
   llama::sampler sample(o.temperature, o.seed);
+  const llama::config& sizes = weights.sizes();
+  example::capture captured(sizes.layers, sizes.q_heads, sizes.kv_heads, sizes.head_dim());
+  if (!o.capture.empty()) {
+    example::require_writable(o.capture);
+    model.capture_to(captured);
+  }
 
   const auto start = std::chrono::steady_clock::now();
   const auto seconds_since_start = [&start] {
@@ -170,6 +174,7 @@ void run(const options& o) {
   if (!o.loss.empty()) {
     const std::vector<int> tokens = tokens_of_file(o.loss, pieces, static_cast<std::size_t>(steps));
     const double loss = llama::mean_loss(model, tokens);
+    if (!o.capture.empty()) captured.write(o.capture);
     std::printf("%d tokens, loss %.6f, attention %.4f s\n", steps, loss, model.attention_seconds());
     return;
   }
@@ -179,6 +184,7 @@ void run(const options& o) {
     std::fflush(stdout);
   });
   const double seconds = seconds_since_start();
+  if (!o.capture.empty()) captured.write(o.capture);
   std::fprintf(stderr, "\n%d positions, %.0f tokens/s, attention %.1f %% of the time\n", positions, positions / seconds,
                100 * model.attention_seconds() / seconds);
 }

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../capture.hpp"
 #include "checkpoint.hpp"
 
 namespace llama {
@@ -51,6 +52,8 @@ class model {
     length_ = 0;
     for (auto& cache : caches_) cache.clear();
   }
+  // From now on what attention is asked is appended to `to`, which must outlive the model.
+  void capture_to(example::capture& to) { capture_ = &to; }
   [[nodiscard]] double attention_seconds() const { return attention_seconds_; }
 
   // Runs the next tokens, all at once. Returns the logits [wanted, vocab] of the last `wanted` of them.
@@ -84,6 +87,8 @@ class model {
     multiply(normal_, w.v, values_);
     rotate(queries_);
     rotate(keys_);
+
+    if (capture_ != nullptr) capture_->append(l, queries_.data(), keys_.data(), values_.data(), n);
 
     const auto start = std::chrono::steady_clock::now();
     mixed_.resize(n, sizes_.dim);
@@ -165,6 +170,7 @@ class model {
   const int positions_;
   gqa::context& ctx_;
   attention_choice attention_;
+  example::capture* capture_ = nullptr;
   std::vector<gqa::kv_cache<float>> caches_;        // a layer each
   std::vector<std::pair<float, float>> rotations_;  // [positions, head_dim / 2]: cosine, sine
   matrix x_, normal_, queries_, keys_, values_, mixed_, branch_, gate_, up_, logits_;

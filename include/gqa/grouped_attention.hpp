@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <type_traits>
 #include <utility>
 
@@ -46,12 +47,30 @@ namespace detail {
 
 inline namespace GQA_ISA {
 
+/// Sequences whose rows are to be pooled have the same keys, and queries at the same positions.
+template <class KV>
+[[nodiscard]] fault find_pooling_fault(const KV& kv, const attention_options& o) noexcept {
+  bool share = kv.batch() <= 1;
+  if constexpr (requires { kv.sequences_share_keys(); }) share = kv.sequences_share_keys();
+  if (!share)
+    return make_fault(errc::option, "options.pool_batch: expected keys and values that all sequences share (stride 0)");
+  const auto are_equal = [](const auto& x) {
+    return std::adjacent_find(x.begin(), x.end(), std::not_equal_to<>()) == x.end();
+  };
+  if (!are_equal(o.kv_lengths) || !are_equal(o.query_offsets))
+    return make_fault(errc::option, "options.pool_batch: expected equal kv_lengths and query_offsets");
+  return {};
+}
+
 template <class Q, class KV, class Out>
 void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out, const grouped_options& options,
                     context& ctx, grouped_report* report) {
   require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
   if (const auto f = find_call_fault(q, kv, out, options.attention)) return raise(f);
   if (const auto f = find_grouped_fault(options)) return raise(f);
+  if (options.pool_batch) {
+    if (const auto f = find_pooling_fault(kv, options.attention)) return raise(f);
+  }
   const auto is_far_off = [&](index_t offset) { return offset > position_limit - q.extent(1); };
   if ((options.attention.query_offset && is_far_off(*options.attention.query_offset)) ||
       std::any_of(options.attention.query_offsets.begin(), options.attention.query_offsets.end(), is_far_off))
@@ -70,7 +89,7 @@ inline namespace GQA_ISA {
 /// Attention of q [B, S, H, D] over the keys and values of a source, by query groups.
 /// \param out     [B, S, H, E], or a partial_state
 /// \param report  what each block did, where it is wanted
-/// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, ALiBi, windows
+/// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, windows
 /// Cost: of a block of n rows in C groups over T far keys C T (2 D + E) multiply-adds, with improved_lse C T (3 D + E),
 /// and n k (D + E) on k top keys, instead of n T (D + E); near keys exactly. Keys and values are copied once, 64 MiB of
 /// them at a time or one KV head's, into memory that each call takes anew.

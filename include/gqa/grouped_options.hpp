@@ -17,7 +17,9 @@ namespace gqa {
 /// from p - window on (without options.attention.causal: to p + block + window) are near and seen exactly; the others
 /// are far and seen by groups.
 struct grouped_options {
-  attention_options attention = {};  ///< scale, causal, offsets, softcap, sinks, kv_lengths, group_offsets; no others
+  /// scale, causal, offsets, softcap or alibi_slopes, sinks, kv_lengths, group_offsets; no others. With alibi_slopes
+  /// rows are grouped within each head, else those of all heads of a KV head together.
+  attention_options attention = {};
   index_t block = 256;               ///< positions a block
   index_t window = 256;              ///< near keys before a block
   grouping_options grouping = {};    ///< of a block's rows; groups 0: one for 32 rows, of cover as many as pay
@@ -29,6 +31,10 @@ struct grouped_options {
   /// With attention.causal: groups are those of the block before, so that a row depends on earlier tokens only, to the
   /// bit. Without it a row's group may follow later queries of its own block, never later keys.
   bool strict_causal = {};
+  /// Also rows of different sequences are grouped, which must share their keys: a batch of keys and values with a
+  /// stride of 0, equal lengths and offsets. A row then depends on the others of its batch. For decode, where a
+  /// sequence by itself has few rows.
+  bool pool_batch = {};
   bool always_group = {};  ///< also where the cost model says that the exact kernel is faster
 };
 
@@ -42,10 +48,14 @@ struct group_report {
   [[nodiscard]] friend bool operator==(const group_report&, const group_report&) = default;
 };
 
-/// A block of one KV head.
+/// A block of one KV head; with ALiBi of one query head.
 struct block_report {
-  index_t batch = 0, kv_head = 0;
-  index_t query_begin = 0, query_end = 0;   // indices in the call
+  index_t batch = 0, sequences = 1;  // [batch, batch + sequences), several with pool_batch
+  index_t kv_head = 0, head_begin = 0, head_end = 0;
+  index_t query_begin = 0, query_end = 0;  // indices in the call
+  /// By the model of the cost, near keys included, in multiply-adds of the exact kernel: what the block takes, and what
+  /// the exact kernel would. The ratio of their sums over blocks predicts that of times.
+  double cost = 0, exact_cost = 0;
   bool exact = true;                        // by the exact kernel, because groups would not have paid; the rest is 0
   index_t groups = 0;                       // representatives of several rows
   index_t alone = 0;                        // rows that attended for themselves
@@ -59,7 +69,7 @@ struct block_report {
 };
 
 struct grouped_report {
-  std::vector<block_report> blocks;  // by sequence, position and KV head
+  std::vector<block_report> blocks;  // by sequence, position and head
 };
 
 }  // namespace gqa

@@ -39,6 +39,7 @@ namespace gqa {
 ///   rows(b, g, t), ahead(g, visit)
 ///                     rows from t on as they lie, of which those of valid keys are read, 16 by the kernel of few rows
 ///                     (detail/row_kernel.hpp); and the rows that it asks for meanwhile
+///   sequences_share_keys()  whether all sequences read the same keys and values
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens
 template <class S>
 concept kv_source = !tensor_like<S> && requires(const std::remove_cvref_t<S>& kv,
@@ -95,6 +96,9 @@ class dense_kv {
     const index_t first = i * detail::tile_tokens;
     return detail::pack_tile(&k_(b, first, g, 0), k_.stride(1), head_dim(), &v_(b, first, g, 0), v_.stride(1),
                              value_dim(), tokens, scratch);
+  }
+  [[nodiscard]] bool sequences_share_keys() const noexcept {
+    return batch() <= 1 || (k_.stride(0) == 0 && v_.stride(0) == 0);
   }
   /// Whether a token's heads are nearer to each other than a head's tokens: then all heads of a tile are read together.
   [[nodiscard]] bool heads_lie_together() const noexcept {

@@ -108,23 +108,26 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
                           const Out& out, const attention_options& options, context& ctx) {
   const auto p = problem_of<A>(q, kv, out, options);
   const call_shape& shape = p.shape;
-  const auto rows_of = [&](index_t g) { return shape.q_len * p.group_size(g); };
   if (const auto f = find_call_fault(q, kv, out, options)) return raise(f);
   if (const auto f = find_shared_scores_fault(options)) return raise(f);
-  if (const auto f = find_groups_of_rows_fault(groups, shape, rows_of)) return raise(f);
+  if (!options.alibi_slopes.empty())
+    return raise(make_fault(errc::option, "alibi_slopes: expected none, for a group is of all heads of a KV head"));
+  const std::vector<head_pool> pools = head_pools_of(p);
+  if (const auto f = find_groups_of_rows_fault<A>(groups, shape, pools)) return raise(f);
   context* const contexts = ctx.detail_workers();
   ctx.for_each(shape.batch * shape.kv_heads, [&](index_t task, index_t worker) {
     const error_watch watch;
-    const index_t b = task / shape.kv_heads, g = task % shape.kv_heads, n = rows_of(g);
-    if (n == 0) return;
-    const index_t length = length_of(kv, options, b);
-    const index_t head = p.first_head(g), heads = p.group_size(g), row_elements = n * round_up(shape.head_dim, 16);
+    const index_t b = task / shape.kv_heads, length = length_of(kv, options, b);
+    const auto [g, heads] = pools[static_cast<std::size_t>(task % shape.kv_heads)];
+    const row_block pooled{{b, b + 1}, {0, shape.q_len}, heads};
+    if (pooled.size() == 0) return;
+    const index_t row_elements = pooled.size() * round_up(shape.head_dim, 16);
     A* const rows = reinterpret_cast<A*>(
         contexts[worker].detail_scratch(static_cast<std::size_t>(row_elements + shape.value_dim) * sizeof(A)));
     if (rows == nullptr) return;
     A* const row = rows + row_elements;
-    const point_rows<A> x = pool_queries(p.q, shape.head_dim, b, {0, shape.q_len}, {head, head + heads}, rows);
-    within_groups<A> within(x, heads, p.query_offset(b, length), length, shape.value_dim, options);
+    const point_rows<A> x = pool_queries(p.q, shape.head_dim, pooled, rows);
+    within_groups<A> within(x, heads.size(), p.query_offset(b, length), length, shape.value_dim, options);
     if (watch.failed()) return;
     const part_of_source<KV> own(kv, b, g, 1, length);
     const auto attend_all = [&](const auto& keys) {
@@ -134,12 +137,12 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
         within.attend(keys, members, contexts[worker].detail_workers()[0]);
         if (watch.failed()) return;
         for (std::size_t m = 0; m < members.size(); ++m) {
-          const index_t s = members[m] / heads, h = head + members[m] % heads;
+          const auto [at_b, s, h] = pooled.at(members[m]);
           const A sink =
               options.sinks.empty() ? minus_infinity<A> : static_cast<A>(options.sinks[static_cast<std::size_t>(h)]);
           const A lse =
               merge_finished<A>({within.result(static_cast<index_t>(m)), {nullptr, sink}}, shape.value_dim, row);
-          p.out.store_finished(b, s, h, shape.value_dim, row, lse);
+          p.out.store_finished(at_b, s, h, shape.value_dim, row, lse);
         }
       }
     };

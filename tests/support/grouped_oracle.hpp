@@ -36,10 +36,12 @@ struct weights {
 struct naive_groupwise {
   std::vector<row> keys;  // [T, D]
   double scale;
+  double slope = 0;     // ALiBi's
+  double position = 0;  // of the query for which scores, its own and its representative's, are asked
 
   row scores(const row& q) const {
     row s;
-    for (const row& k : keys) s.push_back(scale * dot(q, k));
+    for (const row& k : keys) s.push_back(scale * dot(q, k) + slope * (static_cast<double>(s.size()) - position));
     return s;
   }
   weights exact(const row& q) const {

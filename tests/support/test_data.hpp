@@ -4,12 +4,15 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <optional>
 #include <regex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gqa/config.hpp>
@@ -69,6 +72,39 @@ inline std::string json_string(const std::string& json, const std::string& key) 
     }
   }
   return text;
+}
+
+// Queries, keys and values of a layer of a trained model (after RoPE), dense [positions, heads, dim], and its causal
+// output, in double.
+struct real_layer {
+  index_t positions, q_heads, kv_heads, dim;
+  std::vector<float> q, k, v;
+  std::vector<double> out;
+};
+inline std::vector<real_layer> read_real_layers() {
+  std::ifstream file(test_data_folder() + "/models/stories260K_attn512.bin", std::ios::binary);
+  char magic[8];
+  std::int32_t header[5]{};  // layers, positions, query heads, KV heads, head dim
+  file.read(magic, sizeof magic);
+  file.read(reinterpret_cast<char*>(header), sizeof header);
+  std::vector<real_layer> layers;
+  if (!file || std::memcmp(magic, "ATTNREF1", 8) != 0) {
+    ADD_FAILURE() << "no activations in the test data";
+    return layers;
+  }
+  for (int i = 0; i < header[0]; ++i) {
+    real_layer layer{header[1], header[2], header[3], header[4], {}, {}, {}, {}};
+    const auto read = [&](auto& values, index_t heads) {
+      values.resize(static_cast<std::size_t>(layer.positions * heads * layer.dim));
+      file.read(reinterpret_cast<char*>(values.data()),
+                static_cast<std::streamsize>(values.size() * sizeof(values[0])));
+    };
+    read(layer.q, layer.q_heads), read(layer.k, layer.kv_heads), read(layer.v, layer.kv_heads);
+    read(layer.out, layer.q_heads);
+    EXPECT_TRUE(file);
+    layers.push_back(std::move(layer));
+  }
+  return layers;
 }
 
 }  // namespace gqa::test

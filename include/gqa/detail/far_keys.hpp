@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -23,16 +24,57 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Queries [begin, end) of some heads of a sequence as rows s * heads + h of `dim` elements, in accumulators.
-template <class A>
-[[nodiscard]] point_rows<A> pool_queries(const query_rows<A, A>& q, index_t dim, index_t b, key_range queries,
-                                         key_range heads, A* to) noexcept {
-  const index_t stride = round_up(dim, 16);
-  for (index_t s = queries.begin; s < queries.end; ++s) {
-    for (index_t h = heads.begin; h < heads.end; ++h)
-      q.load(b, s, h, dim, 1, to + ((s - queries.begin) * heads.size() + h - heads.begin) * stride);
+/// Rows of queries that are pooled because they share keys and scores, in the order (b, s, h).
+struct row_block {
+  struct place {
+    index_t b, s, h;
+  };
+
+  key_range sequences, queries, heads;
+
+  [[nodiscard]] index_t size() const noexcept { return sequences.size() * queries.size() * heads.size(); }
+  [[nodiscard]] place at(index_t i) const noexcept {
+    const index_t token = i / heads.size();
+    return {sequences.begin + token / queries.size(), queries.begin + token % queries.size(),
+            heads.begin + i % heads.size()};
   }
-  return {to, queries.size() * heads.size(), dim, stride};
+};
+
+/// Query heads that are pooled: all of a KV head, or one by one where ALiBi gives each a slope of its own.
+struct head_pool {
+  index_t kv_head;
+  key_range heads;
+};
+template <class Problem>
+[[nodiscard]] std::vector<head_pool> head_pools_of(const Problem& p) {
+  std::vector<head_pool> pools;
+  for (index_t g = 0; g < p.shape.kv_heads; ++g) {
+    const index_t first = p.first_head(g), end = first + p.group_size(g);
+    if (p.options.alibi_slopes.empty()) {
+      pools.push_back({g, {first, end}});
+    } else {
+      for (index_t h = first; h < end; ++h) pools.push_back({g, {h, h + 1}});
+    }
+  }
+  return pools;
+}
+
+/// Of those rows `count`, evenly spread, in accumulators.
+template <class A>
+[[nodiscard]] point_rows<A> sample_queries(const query_rows<A, A>& q, index_t dim, const row_block& rows, index_t count,
+                                           A* to) noexcept {
+  const index_t stride = round_up(dim, 16), step = count == 0 ? 0 : rows.size() / count;
+  for (index_t i = 0; i < count; ++i) {
+    const auto [b, s, h] = rows.at(i * step);
+    q.load(b, s, h, dim, 1, to + i * stride);
+  }
+  return {to, count, dim, stride};
+}
+/// All of them.
+template <class A>
+[[nodiscard]] point_rows<A> pool_queries(const query_rows<A, A>& q, index_t dim, const row_block& rows,
+                                         A* to) noexcept {
+  return sample_queries(q, dim, rows, rows.size(), to);
 }
 
 template <class Head>
@@ -94,15 +136,27 @@ void pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {
   }
 }
 
-/// Calls f(panel, token in it) for the keys [0, end) of a head's tiles that `seen` leaves.
+/// Calls f(key), a row in accumulators, for the keys [0, end) of a head that `seen` leaves.
 template <class Head, class F>
 void for_each_key(const Head& head, const key_interval& seen, index_t end, const F& f) {
-  for (index_t first = 0; first < end; first += tile_tokens) {
+  using A = accumulator_t<typename Head::panel_element>;
+  std::vector<A> key(static_cast<std::size_t>(head.head_dim()));
+  std::vector<typename Head::panel_element> scratch(static_cast<std::size_t>(head.scratch_elements()));
+  const auto for_each_in_tile = [&](index_t first, const auto& read) {
     const std::uint64_t bits = seen.visible_bits(position{0, 0, 0, first}) & bits_between(0, end - first);
-    if (bits == 0) continue;
-    const auto tile = head.tile(0, 0, first / tile_tokens, tile_tokens, nullptr);
     for (index_t t = 0; t < tile_tokens; ++t) {
-      if ((bits >> t & 1) != 0) f(tile.k[static_cast<std::size_t>(t / panel_tokens)], t % panel_tokens);
+      if ((bits >> t & 1) != 0) read(t), f(key.data());
+    }
+  };
+  for (index_t first = 0; first < end; first += tile_tokens) {
+    if constexpr (has_rows_in_memory<Head>) {
+      for_each_in_tile(first, [&](index_t t) { read_token(head, first + t, key.data(), key.data(), 0); });
+    } else {
+      const index_t tokens = std::min(tile_tokens, end - first);
+      const auto tile = head.tile(0, 0, first / tile_tokens, tokens, scratch.data());
+      for_each_in_tile(first, [&](index_t t) {
+        read_token_of(tile, t, head.head_dim(), head.value_dim(), key.data(), key.data(), 0);
+      });
     }
   }
 }
@@ -110,26 +164,24 @@ void for_each_key(const Head& head, const key_interval& seen, index_t end, const
 /// The largest distance of one of those keys from their mean, or else from 0, rounded up.
 template <class Head>
 [[nodiscard]] double spread_of(const Head& head, const key_interval& seen, index_t end, bool from_mean) {
-  using P = typename Head::panel_element;
+  using A = accumulator_t<typename Head::panel_element>;
   const index_t dim = head.head_dim();
-  std::vector<double> mean(static_cast<std::size_t>(dim));
-  index_t count = 0;
-  for_each_key(head, seen, end, [&](const P* panel, index_t t) {
-    ++count;
-    for (index_t d = 0; d < dim; ++d)
-      mean[static_cast<std::size_t>(d)] += static_cast<double>(panel[key_index<P>(t, d)]);
-  });
-  for (double& x : mean) x = from_mean ? x / static_cast<double>(std::max<index_t>(count, 1)) : 0;
-  double largest = 0;
-  for_each_key(head, seen, end, [&](const P* panel, index_t t) {
-    double sum = 0;
-    for (index_t d = 0; d < dim; ++d) {
-      const double difference = static_cast<double>(panel[key_index<P>(t, d)]) - mean[static_cast<std::size_t>(d)];
-      sum += difference * difference;
-    }
-    largest = std::max(largest, sum);
-  });
-  return std::sqrt(largest) * (1 + (static_cast<double>(dim) + 4) * 0x1p-53);
+  std::vector<A> centre(static_cast<std::size_t>(dim));  // near the mean: where it lies exactly does not matter
+  if (from_mean) {
+    std::vector<double> sum(centre.size());
+    index_t count = 0;
+    for_each_key(head, seen, end, [&](const A* key) {
+      ++count;
+      for (index_t d = 0; d < dim; ++d) sum[static_cast<std::size_t>(d)] += static_cast<double>(key[d]);
+    });
+    for (std::size_t d = 0; d < sum.size(); ++d)
+      centre[d] = static_cast<A>(sum[d] / static_cast<double>(std::max<index_t>(count, 1)));
+  }
+  A largest{0};
+  for_each_key(head, seen, end,
+               [&](const A* key) { largest = std::max(largest, squared_distance(key, centre.data(), dim)); });
+  const double error = (static_cast<double>(dim) + 3) * static_cast<double>(std::numeric_limits<A>::epsilon());
+  return std::sqrt(static_cast<double>(largest)) * (1 + error);
 }
 
 }  // namespace GQA_ISA

@@ -28,6 +28,7 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/alibi_terms.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/nearest.hpp>
@@ -119,13 +120,15 @@ class group_attender {
     }
   }
 
-  /// The states of all rows over the keys of `far` that `sees` leaves: out [n, E], lse [n]. Single keys and values are
-  /// read from the head's own rows where those lie in memory, and gathered in `top`, which has room for top_keys.
+  /// The states of all rows over the keys of `far` that `sees` leaves: out [n, E], lse [n], with the terms that ALiBi
+  /// gives the keys. Single keys and values are read from the head's own rows where those lie in memory, and gathered
+  /// in `top`, which has room for top_keys.
   template <class Far, class Own>
-  void run(const Far& far, const Own& own, const key_interval& sees, const attention_options& scores, kv_cache<A>& top,
-           A* out, A* lse, context& ctx) {
+  void run(const Far& far, const Own& own, const key_interval& sees, const attention_options& scores,
+           const alibi_terms& terms, kv_cache<A>& top, A* out, A* lse, context& ctx) {
     if constexpr (!std::is_same_v<Own, Far> && !has_rows_in_memory<Own>)
-      return run(far, far, sees, scores, top, out, lse, ctx);
+      return run(far, far, sees, scores, terms, top, out, lse, ctx);
+    terms_ = terms;
     list_representatives();
     if (top_ > 0) take_top_keys(far, sees, scale_of(scores));
     attend_rest(far, sees, scores, ctx);
@@ -154,7 +157,7 @@ class group_attender {
     take(taken_, shared * best_keys<A>::capacity(top_)), take(taken_counts_, shared);
     take(top_bits_, shared * tiles());
     take(members_, members * x_.stride);
-    take(top_keys_, top_ * dims_.head_dim), take(top_values_, top_ * dims_.value_dim);
+    take(top_keys_, top_ * dims_.head_dim), take(top_values_, top_ * dims_.value_dim), take(top_terms_, top_);
     take(top_out_, members * dims_.value_dim), take(top_lse_, members);
     bytes_ = take.used();
   }
@@ -186,7 +189,7 @@ class group_attender {
       for (index_t d = 0; d < dims_.head_dim; ++d)
         scaled_[r * x_.stride + d] = static_cast<A>(static_cast<double>(representatives_[r * x_.stride + d]) * scale);
     }
-    find_top_keys(far, scaled_, x_.stride, counts_.groups, top_, sees, taken_, taken_counts_);
+    find_top_keys(far, scaled_, x_.stride, counts_.groups, top_, sees, terms_, taken_, taken_counts_);
     std::fill_n(top_bits_, counts_.groups * tiles(), std::uint64_t{0});
     for (index_t r = 0; r < counts_.groups; ++r) {
       for (const scored_key<A>& taken : taken_by(r))
@@ -202,8 +205,10 @@ class group_attender {
   void attend_rest(const Far& far, const key_interval& sees, const attention_options& scores, context& ctx) {
     const index_t all = counts_.groups + counts_.alone;
     const rest_keys rest(sees, top_bits_, top_ > 0 ? counts_.groups : 0, tiles());
+    attention_options o = scores_of(scores);
+    o.bias = terms_.bias(all, far.kv_len());
     attention(queries_of(representatives_, all, dims_.head_dim, x_.stride), far,
-              state_of(rest_out_, rest_lse_, all, dims_.far_value_dim), scores_of(scores), rest, ctx);
+              state_of(rest_out_, rest_lse_, all, dims_.far_value_dim), o, rest, ctx);
     counts_.products += static_cast<double>(all * dims_.seen_keys * (dims_.head_dim + dims_.far_value_dim));
   }
 
@@ -235,8 +240,9 @@ class group_attender {
     const auto taken = taken_by(r);
     const auto keys = static_cast<index_t>(taken.size()), count = static_cast<index_t>(members.size());
     for (index_t t = 0; t < keys; ++t) {
-      read_token(own, taken[static_cast<std::size_t>(t)].key, top_keys_ + t * dims_.head_dim,
-                 top_values_ + t * dims_.value_dim, dims_.value_dim);
+      const index_t key = taken[static_cast<std::size_t>(t)].key;
+      read_token(own, key, top_keys_ + t * dims_.head_dim, top_values_ + t * dims_.value_dim, dims_.value_dim);
+      if (!terms_.empty()) top_terms_[t] = terms_[key];
     }
     top.clear();
     top.append(tensor_view<const A, 4>(top_keys_, {1, keys, 1, dims_.head_dim}),
@@ -244,8 +250,10 @@ class group_attender {
     for (index_t m = 0; m < count; ++m)
       std::copy_n(x_.row(members[static_cast<std::size_t>(m)]), dims_.head_dim, members_ + m * x_.stride);
     std::copy_n(representatives_ + r * x_.stride, dims_.head_dim, members_ + count * x_.stride);
+    attention_options o = scores_of(scores);
+    if (!terms_.empty()) o.bias = alibi_terms::bias_of(top_terms_, count + 1, keys);
     attention(queries_of(members_, count + 1, dims_.head_dim, x_.stride), top,
-              state_of(top_out_, top_lse_, count + 1, dims_.value_dim), scores_of(scores), ctx);
+              state_of(top_out_, top_lse_, count + 1, dims_.value_dim), o, ctx);
     counts_.products += static_cast<double>((count + 1) * keys * (dims_.head_dim + dims_.value_dim));
   }
 
@@ -268,6 +276,7 @@ class group_attender {
   const groupwise_options& options_;
   sharing sharing_;
   groupwise_counts counts_;
+  alibi_terms terms_;
   index_t top_ = 0, most_members_ = 0;
   std::size_t bytes_ = 0;
 
@@ -282,6 +291,7 @@ class group_attender {
   A* members_ = nullptr;               // [members + 1, stride] of the group at work, with its representative
   A* top_keys_ = nullptr;              // [k, D] of it
   A* top_values_ = nullptr;            // [k, E]
+  float* top_terms_ = nullptr;         // [k]
   A* top_out_ = nullptr;               // [members + 1, E]
   A* top_lse_ = nullptr;
 };

@@ -36,16 +36,15 @@ struct point_rows {
 template <class A>
 [[nodiscard]] A squared_distance(const A* x, const A* y, index_t dim) noexcept {
   constexpr index_t width = packet_size<A>;
-  packet<A> sums[2] = {zeros<A>(), zeros<A>()};  // two, for one would wait for itself
-  index_t d = 0;
-  for (int n = 0; d + width <= dim; d += width, n ^= 1) {
+  const auto add_square = [&](packet<A>& sum, index_t d) {
     const packet<A> difference = sub(load(x + d), load(y + d));
-    sums[n] = madd(difference, difference, sums[n]);
-  }
-  alignas(64) A lanes[width];
-  store(lanes, add(sums[0], sums[1]));
-  A sum{0};
-  for (const A lane : lanes) sum += lane;
+    sum = madd(difference, difference, sum);
+  };
+  packet<A> even = zeros<A>(), odd = zeros<A>();  // two, for one would wait for itself
+  index_t d = 0;
+  for (; d + 2 * width <= dim; d += 2 * width) add_square(even, d), add_square(odd, d + width);
+  if (d + width <= dim) add_square(even, d), d += width;
+  A sum = lane_sum<A>(add(even, odd));
   for (; d < dim; ++d) sum = scalar_madd(x[d] - y[d], x[d] - y[d], sum);
   return sum;
 }

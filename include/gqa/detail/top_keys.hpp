@@ -15,6 +15,7 @@
 #include <limits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/alibi_terms.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/tile_kernel.hpp>
@@ -74,11 +75,12 @@ class best_keys {
   A threshold_ = -std::numeric_limits<A>::infinity();
 };
 
-/// The `wanted` best keys of each of `rows` rows q, which carry the scale, among those that `sees` leaves visible:
-/// taken [rows, capacity(wanted)], ascending by key; their numbers in counts. The source's tiles lie in memory.
+/// The `wanted` best keys of each of `rows` rows q, which carry the scale, among those that `sees` leaves visible, by
+/// products and terms: taken [rows, capacity(wanted)], ascending by key; their numbers in counts. The source's tiles
+/// lie in memory.
 template <class Source, class A, class Sees>
 void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows, index_t wanted, const Sees& sees,
-                   scored_key<A>* taken, index_t* counts) noexcept {
+                   const alibi_terms& terms, scored_key<A>* taken, index_t* counts) noexcept {
   using P = typename Source::panel_element;
   constexpr index_t most_rows = 96;
   alignas(64) A s[block_rows * tile_tokens];
@@ -96,8 +98,11 @@ void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows,
       for (index_t row = begin; row < end; row += block_rows) {
         const index_t count = std::min<index_t>(block_rows, end - row);
         score_tile(tile, q + row * q_stride, q_stride, kv.head_dim(), count, s);
-        for (index_t r = 0; r < count; ++r)
-          best[static_cast<std::size_t>(row - begin + r)].take(s + r * tile_tokens, visible, first);
+        for (index_t r = 0; r < count; ++r) {
+          A* const scores = s + r * tile_tokens;
+          for (index_t t = 0; t < tokens && !terms.empty(); ++t) scores[t] += static_cast<A>(terms[first + t]);
+          best[static_cast<std::size_t>(row - begin + r)].take(scores, visible, first);
+        }
       }
     }
     for (index_t r = begin; r < end; ++r) counts[r] = best[static_cast<std::size_t>(r - begin)].finish();

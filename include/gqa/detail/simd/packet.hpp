@@ -197,6 +197,12 @@ template <class A>
   return Eigen::internal::predux_max(x);
 }
 
+/// The sum of all lanes, in an order of the instruction set.
+template <class A>
+[[nodiscard]] inline A lane_sum(const packet<A>& x) noexcept {
+  return Eigen::internal::predux(x);
+}
+
 /// Bit i set where lane i of `a` equals that of `b`.
 template <class A>
 [[nodiscard]] inline std::uint64_t equal_bits(const packet<A>& a, const packet<A>& b) noexcept {

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a model's attention was asked: queries, keys and values of every layer and token, as a file that numpy.load()
+// reads, too. Its elements are records of a token: `q` [H, D], `k` [G, D], `v` [G, D]; its shape is [layers, tokens].
+#pragma once
+
+#include <gqa/gqa.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <fstream>
+#include <iterator>
+#include <regex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "npy.hpp"
+
+namespace example {
+
+class capture {
+ public:
+  capture(gqa::index_t layers, gqa::index_t q_heads, gqa::index_t kv_heads, gqa::index_t dim)
+      : q_heads_(q_heads), kv_heads_(kv_heads), dim_(dim), layers_(static_cast<std::size_t>(layers)) {}
+
+  [[nodiscard]] gqa::index_t layers() const { return static_cast<gqa::index_t>(layers_.size()); }
+  [[nodiscard]] gqa::index_t q_heads() const { return q_heads_; }
+  [[nodiscard]] gqa::index_t kv_heads() const { return kv_heads_; }
+  [[nodiscard]] gqa::index_t dim() const { return dim_; }
+  [[nodiscard]] gqa::index_t tokens() const {
+    return layers_.empty() ? 0 : static_cast<gqa::index_t>(layers_[0].size()) / record();
+  }
+
+  // Queries, keys and values of further tokens, dense [tokens, heads, D] each.
+  void append(gqa::index_t layer, const float* q, const float* k, const float* v, gqa::index_t tokens) {
+    std::vector<float>& to = layers_[static_cast<std::size_t>(layer)];
+    const gqa::index_t of_q = q_heads_ * dim_, of_kv = kv_heads_ * dim_;
+    for (gqa::index_t t = 0; t < tokens; ++t) {
+      to.insert(to.end(), q + t * of_q, q + (t + 1) * of_q);
+      to.insert(to.end(), k + t * of_kv, k + (t + 1) * of_kv);
+      to.insert(to.end(), v + t * of_kv, v + (t + 1) * of_kv);
+    }
+  }
+
+  // Of a layer's first `count` tokens: [1, count, heads, D].
+  [[nodiscard]] auto queries(gqa::index_t layer, gqa::index_t count) const { return part(layer, count, 0, q_heads_); }
+  [[nodiscard]] auto keys(gqa::index_t layer, gqa::index_t count) const {
+    return part(layer, count, q_heads_, kv_heads_);
+  }
+  [[nodiscard]] auto values(gqa::index_t layer, gqa::index_t count) const {
+    return part(layer, count, q_heads_ + kv_heads_, kv_heads_);
+  }
+
+  void write(const std::string& path) const {
+    const auto field = [&](const char* name, gqa::index_t heads) {
+      return std::string("('") + name + "', '<f4', (" + std::to_string(heads) + ", " + std::to_string(dim_) + "))";
+    };
+    const std::string element =
+        "[" + field("q", q_heads_) + ", " + field("k", kv_heads_) + ", " + field("v", kv_heads_) + "]";
+    std::ofstream file(path, std::ios::binary);
+    file << npy_header(element, std::vector<std::int64_t>{layers(), tokens()});
+    for (const std::vector<float>& layer : layers_)
+      file.write(reinterpret_cast<const char*>(layer.data()),
+                 static_cast<std::streamsize>(layer.size() * sizeof(float)));
+    if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
+  }
+
+  [[nodiscard]] static capture read(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    if (!file && !file.eof()) throw std::runtime_error(path + ": cannot be read");
+    const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
+    constexpr std::size_t preamble = 10;
+    if (bytes.size() < preamble || bytes.compare(0, 8, std::string("\x93NUMPY\x01\x00", 8)) != 0)
+      refuse("expected a .npy file of version 1.0");
+    const std::size_t length = static_cast<unsigned char>(bytes[8]) + 256u * static_cast<unsigned char>(bytes[9]);
+    if (bytes.size() < preamble + length) refuse("ends within its header");
+    const std::string header = bytes.substr(preamble, length);
+    const std::string heads = R"('<f4', \((\d{1,6}), (\d{1,6})\)\))";
+    const std::regex fields(R"('descr': \[\('q', )" + heads + R"(, \('k', )" + heads + R"(, \('v', )" + heads +
+                            R"(\], 'fortran_order': False, 'shape': \((\d{1,9}), (\d{1,9}),? ?\))");
+    std::smatch found;
+    if (!std::regex_search(header, found, fields)) refuse("expected records of q, k and v, of floats");
+    const auto at = [&](std::size_t i) { return static_cast<gqa::index_t>(std::stoll(found[i])); };
+    capture c(at(7), at(1), at(3), at(2));
+    if (at(4) != c.dim_ || at(6) != c.dim_ || at(5) != c.kv_heads_)
+      refuse("expected k and v of one shape, q of their dim");
+    if (c.record() == 0 || c.kv_heads_ == 0 || c.q_heads_ % c.kv_heads_ != 0)
+      refuse("expected query heads that are a multiple of the KV heads");
+    const auto of_layer = static_cast<std::size_t>(at(8) * c.record());
+    if ((bytes.size() - preamble - length) / sizeof(float) / std::max<std::size_t>(of_layer, 1) < c.layers_.size())
+      refuse("ends before its last token");
+    const char* from = bytes.data() + preamble + length;
+    for (std::vector<float>& layer : c.layers_) {
+      layer.resize(of_layer);
+      std::copy_n(from, of_layer * sizeof(float), reinterpret_cast<char*>(layer.data()));
+      from += of_layer * sizeof(float);
+    }
+    return c;
+  }
+
+ private:
+  [[nodiscard]] gqa::index_t record() const { return (q_heads_ + 2 * kv_heads_) * dim_; }
+  [[nodiscard]] gqa::tensor_view<const float, 4> part(gqa::index_t layer, gqa::index_t count, gqa::index_t first,
+                                                      gqa::index_t heads) const {
+    return {layers_[static_cast<std::size_t>(layer)].data() + first * dim_,
+            {1, count, heads, dim_},
+            {0, record(), dim_, 1}};
+  }
+
+  gqa::index_t q_heads_, kv_heads_, dim_;
+  std::vector<std::vector<float>> layers_;  // [layers][tokens, record]
+};
+
+}  // namespace example
