@@ -101,34 +101,37 @@ struct counted_calls {
   index_t tiles = 0, visits = 0;
 };
 
-const detail::call_plan* plan_of(const detail::plan_request& request, const std::vector<key_range>& tiles, context& ctx,
-                                 counted_calls& counted) {
-  const auto tiles_of = [&](index_t b) { return ++counted.tiles, tiles[static_cast<std::size_t>(b)]; };
+const detail::call_plan* plan_of(const detail::plan_request& request, const std::vector<detail::sequence_request>& asks,
+                                 context& ctx, counted_calls& counted) {
+  const auto asks_of = [&](index_t b) { return ++counted.tiles, asks[static_cast<std::size_t>(b)]; };
   const auto visits_of = [&](index_t b) {
-    const key_range& range = tiles[static_cast<std::size_t>(b)];
-    return ++counted.visits, request.row_tiles * (range.end - range.begin);
+    const detail::sequence_request& s = asks[static_cast<std::size_t>(b)];
+    return ++counted.visits, s.row_tiles * s.tiles.size() * std::max<index_t>(s.most_rows, 8);
   };
-  return detail::find_plan(request, tiles_of, visits_of, ctx);
+  return detail::find_plan(request, asks_of, visits_of, ctx);
 }
 
 TEST(Plan, IsMadeOncePerShape) {
   context ctx;
   counted_calls counted;
-  detail::plan_request request{.sequences = 2, .kv_heads = 8, .row_tiles = 1, .workers = 2, .visit_products = 100'000};
-  std::vector<key_range> tiles{{0, 10}, {0, 300}};
+  detail::plan_request request{.sequences = 2, .kv_heads = 8, .workers = 2, .visit_products = 100'000};
+  std::vector<detail::sequence_request> tiles{{{0, 10}, 1, 4}, {{0, 300}, 1, 4}};
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 2);
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 2);
-  tiles[0].end = 11;  // a sequence began a tile
+  tiles[0].tiles.end = 11;  // a sequence began a tile
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 4);
+  tiles[1].most_rows = 8;  // or has more queries
+  ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
+  EXPECT_EQ(counted.visits, 6);
   request.workers = 3;
   EXPECT_EQ(plan_of(request, tiles, ctx, counted)->workers, 3);
-  EXPECT_EQ(counted.visits, 6);
+  EXPECT_EQ(counted.visits, 8);
   request.sequences = 1;
   EXPECT_EQ(plan_of(request, tiles, ctx, counted)->sequences.size(), 1u);
-  EXPECT_EQ(counted.visits, 7);
+  EXPECT_EQ(counted.visits, 9);
 }
 
 TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
@@ -138,17 +141,18 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
   for (int round = 0; round < 2'000; ++round) {
     const auto below = [&](index_t n) { return random.between(0, n - 1); };
     const index_t sequences = 1 + below(20);
-    detail::plan_request request{.sequences = sequences, .kv_heads = 1 + below(9), .row_tiles = 1 + below(4)};
+    detail::plan_request request{.sequences = sequences, .kv_heads = 1 + below(9)};
     request.workers = 1 + below(9);
     request.visit_products = 1 + below(100'000);
     request.packed_tile_bytes = below(2) * (1 + below(200'000));
     request.state_bytes = 1 + below(200'000);
-    request.bundles = request.row_tiles == 1 && below(2) == 1;
-    std::vector<key_range> tiles;
+    request.bundles = below(4) == 0;
+    std::vector<detail::sequence_request> tiles;
     for (index_t b = 0; b < sequences; ++b) {
       const index_t begin = below(100);
-      tiles.push_back(below(5) == 0 ? key_range{0, 0}
-                                    : key_range{begin, begin + 1 + below(below(6) == 0 ? 2'000 : 30)});
+      const key_range seen{begin, begin + 1 + below(below(6) == 0 ? 2'000 : 30)};
+      const index_t row_tiles = request.bundles ? below(2) : below(5);  // 0: a sequence without queries
+      tiles.push_back({below(5) == 0 || row_tiles == 0 ? key_range{0, 0} : seen, row_tiles, 1 + below(96)});
     }
     const detail::call_plan& plan = *plan_of(request, tiles, ctx, counted);
     ASSERT_TRUE(plan.workers == 1 || plan.workers == request.workers);
@@ -158,23 +162,26 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
     for (const detail::plan_wave& w : plan.waves) {
       ASSERT_EQ(w.first, next);
       ASSERT_LT(w.first, w.end);
-      ASSERT_LE(w.end_apart, w.end);
       ASSERT_TRUE(w.heads == request.kv_heads || (w.heads >= 1 && w.end == w.first + 1));
       next = w.end;
-      index_t tasks = 0, slots = 0, states = 0;
+      index_t tasks = 0, slots = 0, states = 0, merges = 0;
       for (index_t n = w.first; n < w.end; ++n) {
         const detail::sequence_plan& s = plan.sequences[static_cast<std::size_t>(n)];
         ++seen[static_cast<std::size_t>(s.b)];
         ASSERT_EQ(s.first_task, tasks);
         ASSERT_EQ(s.first_slot, slots);
-        ASSERT_EQ(s.tasks, request.row_tiles * s.parts);
-        ASSERT_EQ((n < w.end_apart), (s.parts > 1));
-        ASSERT_TRUE(s.parts == 1 || s.parts == detail::splits_of(s.tiles));
-        if (request.packed_tile_bytes > 0) {
-          ASSERT_GE(s.slots, s.tiles.end - s.tiles.begin);
+        ASSERT_EQ(s.first_merge, merges);
+        ASSERT_EQ(s.first_state, states);
+        ASSERT_EQ(s.tasks, s.asks.row_tiles * s.parts);
+        ASSERT_EQ(s.merges, s.parts > 1 ? s.asks.row_tiles : 0);
+        ASSERT_TRUE(s.parts == 1 || s.parts == detail::splits_of(s.asks.tiles));
+        if (request.packed_tile_bytes > 0 && s.asks.row_tiles > 1) {
+          ASSERT_GE(s.slots, s.asks.tiles.size());
           ASSERT_EQ(s.slots % detail::tiles_packed_together, 0);
+        } else {
+          ASSERT_EQ(s.slots, 0);
         }
-        tasks += s.tasks, slots += s.slots;
+        tasks += s.tasks, slots += s.slots, merges += s.merges;
         if (s.parts > 1) states += s.tasks;
       }
       ASSERT_LE(w.heads * slots, plan.most_slots);

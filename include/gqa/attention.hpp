@@ -22,6 +22,7 @@
 /// row) -> back in the tile engine's finish().
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -74,22 +75,12 @@ constexpr void require_dtypes() noexcept {
 
 inline namespace GQA_ISA {
 
-/// All checks of a call.
+/// Memory that is written is apart from all that is read, and no element of it at two places.
 template <class Q, class Source, class Out>
-[[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-                                    const attention_options& options) noexcept {
-  if (const auto f = kv.find_fault()) return f;
+[[nodiscard]] fault find_memory_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                                      const attention_options& options) noexcept {
   const auto out_view = output_view(out_or_state);
   const operand queries = describe("q", q), out = describe("out", out_view);
-  const call_shape shape{kv.batch(),    q.extent(1),   kv.kv_len(),   q.extent(2),
-                         kv.kv_heads(), kv.head_dim(), kv.value_dim()};
-  if (const auto f = find_shape_fault(queries, out, shape)) return f;
-  if (const auto f = find_options_fault(options, shape)) return f;
-  for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
-    if (options.kv_lengths[static_cast<std::size_t>(b)] > kv.length(b))
-      return make_fault(errc::length, "options.kv_lengths[%lld]: expected at most %lld, got %lld", printable(b),
-                        printable(kv.length(b)), printable(options.kv_lengths[static_cast<std::size_t>(b)]));
-  }
   const auto find_overlap = [&](const operand& written) noexcept -> fault {
     if (const auto f = find_overlap_fault(written, queries)) return f;
     if constexpr (requires { kv.keys(); }) {
@@ -120,6 +111,25 @@ template <class Q, class Source, class Out>
   return find_overlap(out);
 }
 
+/// All checks of a call.
+template <class Q, class Source, class Out>
+[[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                                    const attention_options& options) noexcept {
+  if (const auto f = kv.find_fault()) return f;
+  const auto out_view = output_view(out_or_state);
+  const operand queries = describe("q", q), out = describe("out", out_view);
+  const call_shape shape{kv.batch(),    q.extent(1),   kv.kv_len(),   q.extent(2),
+                         kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  if (const auto f = find_shape_fault(queries, out, shape)) return f;
+  if (const auto f = find_options_fault(options, shape)) return f;
+  for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
+    if (options.kv_lengths[static_cast<std::size_t>(b)] > kv.length(b))
+      return make_fault(errc::length, "options.kv_lengths[%lld]: expected at most %lld, got %lld", printable(b),
+                        printable(kv.length(b)), printable(options.kv_lengths[static_cast<std::size_t>(b)]));
+  }
+  return find_memory_fault(q, kv, out_or_state, options);
+}
+
 /// A call without its element types, with queries and weights held in L.
 template <class L, class Q, class Source, class Out>
 [[nodiscard]] auto problem_of(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
@@ -141,25 +151,36 @@ template <class L, class Q, class Source, class Out>
 /// A checked call with queries and weights held in L.
 template <class L, class Q, class Source, class Out, class Variant>
 void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-               const attention_options& options, const Variant& variant, context& ctx) {
-  const auto p = problem_of<L>(q, kv, out_or_state, options);
+               const attention_options& options, const ragged_rows& ragged, const Variant& variant, context& ctx) {
+  auto p = problem_of<L>(q, kv, out_or_state, options);
+  if (!ragged.q_offsets.empty()) {
+    p.ragged = ragged;
+    p.shape.batch = static_cast<index_t>(ragged.sequences.size()), p.shape.q_len = 0;
+    for (index_t b = 0; b < p.shape.batch; ++b) p.shape.q_len = std::max(p.shape.q_len, p.q_len(b));
+  }
   scheduler<Source, Variant, L>(p, kv, variant, ctx).run();
 }
 
-/// The one way in: checks, erases the element types of q and out, chooses what products are made of, runs.
+/// A checked call: erases the element types of q and out, chooses what products are made of, runs.
+template <class Q, class Source, class Out, class Variant>
+void attend_checked(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                    const attention_options& options, const ragged_rows& ragged, const Variant& variant, context& ctx) {
+  using panel_element = typename Source::panel_element;
+  if (output_view(out_or_state).size() == 0) return;
+  if constexpr (has_dot<panel_element>) {
+    if (!options.float_products.value_or(std::is_same_v<Q, float>))
+      return attend_in<panel_element>(q, kv, out_or_state, options, ragged, variant, ctx);
+  }
+  attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, ragged, variant, ctx);
+}
+
+/// The one way in.
 template <class Q, class Source, class Out, class Variant>
 void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
             const attention_options& options, const Variant& variant, context& ctx) {
-  using panel_element = typename Source::panel_element;
-  const auto out = output_view(out_or_state);
-  require_dtypes<Q, Source, typename decltype(out)::value_type>();
+  require_dtypes<Q, Source, typename decltype(output_view(out_or_state))::value_type>();
   if (const auto fault = find_call_fault(q, kv, out_or_state, options)) return raise(fault);
-  if (out.size() == 0) return;
-  if constexpr (has_dot<panel_element>) {
-    if (!options.float_products.value_or(std::is_same_v<Q, float>))
-      return attend_in<panel_element>(q, kv, out_or_state, options, variant, ctx);
-  }
-  attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, variant, ctx);
+  attend_checked(q, kv, out_or_state, options, {}, variant, ctx);
 }
 
 }  // namespace GQA_ISA

@@ -68,6 +68,9 @@ namespace gqa {
 /// Extents, strides, positions and counts: signed and 64-bit everywhere.
 using index_t = std::int64_t;
 
+/// A sequence of a cache or of pages. In those that number their sequences from 0 it is that number.
+enum class sequence_id : index_t {};
+
 /// The type that scores, sums and log-sum-exps are computed in: double for double, float for everything narrower.
 template <class T>
 using accumulator_t = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;

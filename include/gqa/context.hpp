@@ -150,7 +150,7 @@ class context {
     if (is_new && memory != nullptr) std::memset(memory, 0, bytes);
     return memory;
   }
-  static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 128;
+  static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 160;
 
  private:
   template <class E>

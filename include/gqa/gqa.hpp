@@ -5,6 +5,7 @@
 
 // IWYU pragma: begin_exports
 #include <gqa/attention.hpp>            // attention(), check(): exact attention, any grouping, any option
+#include <gqa/batch.hpp>                // batch_attention(): ragged batches of prefills, appends and decode steps
 #include <gqa/combine.hpp>              // merge_disjoint(), exclude(), gated_sum(), mix()
 #include <gqa/config.hpp>               // index_t, accumulator_t, GQA_NO_EXCEPTIONS
 #include <gqa/context.hpp>              // context: who runs the tasks, and scratch memory
@@ -21,6 +22,7 @@
 #include <gqa/local_masks.hpp>          // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
 #include <gqa/openmp.hpp>               // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
+#include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables
 #include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance
 #include <gqa/query_groups.hpp>      // query_groups, grouping_options
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline

@@ -103,7 +103,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const index_t b = task / pool_count;
     const auto [g, heads] = pools[static_cast<std::size_t>(task % pool_count)];
     const row_block rows{{b, b + 1}, {0, shape.q_len}, heads};
-    const index_t n = rows.size(), keys = length_of(kv, scores, b);
+    const index_t n = rows.size(), keys = p.length(kv, b);
     if (n == 0) return;
     const query_groups<A>& own_groups = groups[static_cast<std::size_t>(task)];
     const part_of_source<KV> own(kv, b, g, 1, keys);

@@ -117,7 +117,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
   context* const contexts = ctx.detail_workers();
   ctx.for_each(shape.batch * shape.kv_heads, [&](index_t task, index_t worker) {
     const error_watch watch;
-    const index_t b = task / shape.kv_heads, length = length_of(kv, options, b);
+    const index_t b = task / shape.kv_heads, length = p.length(kv, b);
     const auto [g, heads] = pools[static_cast<std::size_t>(task % shape.kv_heads)];
     const row_block pooled{{b, b + 1}, {0, shape.q_len}, heads};
     if (pooled.size() == 0) return;

@@ -98,7 +98,7 @@ class grouped_runner {
 
   // Shapes.
 
-  [[nodiscard]] index_t length(index_t b) const noexcept { return length_of(kv_, options_.attention, b); }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return problem_.length(kv_, b); }
   [[nodiscard]] index_t offset(index_t b) const noexcept { return problem_.query_offset(b, length(b)); }
   [[nodiscard]] bool needs_means() const noexcept { return options_.groupwise.form == groupwise_form::improved_lse; }
   [[nodiscard]] index_t far_value_dim() const noexcept {

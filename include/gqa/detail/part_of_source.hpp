@@ -49,6 +49,8 @@ class part_of_source {
     kv.rows(first, first, first);
   }
   { return kv_.rows(b_, first_head_ + g, first); }
+  [[nodiscard]] bool has_whole_groups() const noexcept requires requires(const Source& kv) { kv.has_whole_groups(); }
+  { return kv_.has_whole_groups(); }
   [[nodiscard]] kv_ahead ahead(index_t g, const group_visit& visit) const noexcept requires requires(const Source& kv) {
     kv.ahead(index_t{}, visit);
   }

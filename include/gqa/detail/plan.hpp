@@ -3,14 +3,14 @@
 /// The plan: how a call is divided into tasks, so that every worker is busy to the end. It says who computes what and
 /// when, never how, so no plan changes a bit.
 ///
-/// Cost is counted in visits of a key tile by a row tile: rows of a call are dealt out evenly, so all visits take about
-/// as long. A row tile of a (sequence, KV head) is a task, unless it is more than a quarter of a worker's share of the
-/// call: then each of its splits is a task, if memory for their states allows. The longest sequences come first, as in
-/// longest-processing-time-first scheduling (Graham 1969): what runs last is short. Where no task is more than a
-/// quarter of a share, nobody waits for longer than that.
+/// Cost is counted in visits of a key tile by a row: those of one row tile by its rows, or by eight where it has fewer,
+/// for then memory is what takes time. A row tile of a (sequence, KV head) is a task, unless it is more than a quarter
+/// of a worker's share of the call: then each of its splits is a task, if memory for their states allows. The longest
+/// sequences come first, as in longest-processing-time-first scheduling (Graham 1969): what runs last is short. Where
+/// no task is more than a quarter of a share, nobody waits for longer than that.
 ///
-/// Where keys are packed beforehand, sequences that fit into packed_bytes together make a wave; of one that does not
-/// fit, some heads at a time do.
+/// Where keys are packed beforehand, for sequences of several row tiles, those that fit into packed_bytes together make
+/// a wave; of one that does not fit, some heads at a time do.
 ///
 /// A plan stays in the context and serves all calls of its shape: the layers of a model, and the next tokens until a
 /// sequence begins a new key tile.
@@ -34,7 +34,10 @@ inline constexpr double packed_bytes = 64 << 20;
 inline constexpr double split_state_bytes = 64 << 20;
 
 /// Multiply-adds below which waking another thread (some microseconds) costs more than it saves.
-inline constexpr double serial_work = 1 << 20;
+inline constexpr double serial_work = 1 << 21;
+
+/// A visit of a key tile costs what it costs so many rows, at least.
+inline constexpr index_t least_rows = 8;
 
 /// Tasks a worker's share of a call is cut into at least, where it can be.
 inline constexpr double tasks_of_a_share = 4;
@@ -47,29 +50,39 @@ inline namespace GQA_ISA {
 /// What a plan depends on, beside the key tiles of the sequences.
 struct plan_request {
   index_t sequences = {}, kv_heads = {};
-  index_t row_tiles = {};  // of the largest group
   index_t workers = {};
-  index_t visit_products = {};     // multiply-adds of the fullest row tile with a key tile
-  index_t packed_tile_bytes = {};  // of a key tile packed beforehand, 0 where none is
+  index_t visit_products = {};     // multiply-adds of a row with a key tile
+  index_t packed_tile_bytes = {};  // of a key tile packed beforehand, 0 where the source has them
   index_t state_bytes = {};        // of a row tile
   bool bundles = {};               // whether the row tiles of several KV heads may be one task
 
   [[nodiscard]] friend bool operator==(const plan_request&, const plan_request&) = default;
 };
 
+/// What a sequence asks for, of its largest group.
+struct sequence_request {
+  key_range tiles;    // that some of its queries may see
+  index_t row_tiles;  // that its rows are cut into
+  index_t most_rows;  // of a row tile
+
+  [[nodiscard]] friend bool operator==(const sequence_request&, const sequence_request&) = default;
+};
+
 /// A sequence's part. Counts are of one KV head; firsts follow those of the sequences before it in its wave.
 struct sequence_plan {
   index_t b;
-  key_range tiles;  // that some of its queries may see
-  index_t visits;   // of key tiles by row tiles
-  index_t parts;    // tasks of a row tile: 1, or its splits
+  sequence_request asks;
+  index_t visits;  // of key tiles by rows
+  index_t parts;   // tasks of a row tile: 1, or its splits
   index_t tasks, first_task;
-  index_t slots, first_slot;  // for key tiles packed beforehand
+  index_t slots, first_slot;    // for key tiles packed beforehand
+  index_t merges, first_merge;  // row tiles whose splits are tasks of their own, and leave
+  index_t first_state;          // their states
 };
 
-/// Sequences [first, end) of a plan, so many heads at a time. Those whose splits are tasks of their own come first.
+/// Sequences [first, end) of a plan, so many heads at a time.
 struct plan_wave {
-  index_t first, end_apart, end;
+  index_t first, end;
   index_t heads;
 };
 
@@ -79,7 +92,7 @@ struct call_plan {
   index_t bundle;                      // KV heads a task visits together
   index_t most_slots;                  // of all heads of a wave at a time
   index_t most_states;                 // likewise, of splits apart
-  std::span<sequence_plan> sequences;  // most key tiles first
+  std::span<sequence_plan> sequences;  // those of the longest tasks first
   std::span<plan_wave> waves;
 };
 
@@ -92,26 +105,31 @@ struct call_plan {
   return {std::max(tiles.begin, boundary), std::min(tiles.end, boundary + split_tiles)};
 }
 
+/// Rows that a visit of a sequence's fullest row tile counts for.
+[[nodiscard]] inline index_t weight_of(const sequence_request& s) noexcept {
+  return std::max(s.most_rows, least_rows);
+}
+
 /// Cuts the sequences from `first` on into the next wave.
 [[nodiscard]] inline plan_wave next_wave(const call_plan& plan, index_t first) noexcept {
   const plan_request& request = plan.request;
-  if (request.packed_tile_bytes == 0) return {first, first, request.sequences, request.kv_heads};
+  if (request.packed_tile_bytes == 0) return {first, request.sequences, request.kv_heads};
   const auto bytes_of_head = [&](index_t n) {
     return static_cast<double>(plan.sequences[static_cast<std::size_t>(n)].slots) *
            static_cast<double>(request.packed_tile_bytes);
   };
   const auto all = static_cast<double>(request.kv_heads);
   const double fit = packed_bytes / std::max(bytes_of_head(first), 1.0);
-  if (fit < all) return {first, first, first + 1, std::max(static_cast<index_t>(fit), index_t{1})};
+  if (fit < all) return {first, first + 1, std::max(static_cast<index_t>(fit), index_t{1})};
   double bytes = 0;
   index_t end = first;
   for (; end < request.sequences && bytes + all * bytes_of_head(end) <= packed_bytes; ++end)
     bytes += all * bytes_of_head(end);
-  return {first, first, end, request.kv_heads};
+  return {first, end, request.kv_heads};
 }
 
 /// Decides which row tiles of a wave are several tasks, and counts tasks, states and slots.
-inline void divide_wave(call_plan& plan, plan_wave& wave) noexcept {
+inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
   const plan_request& request = plan.request;
   const std::span<sequence_plan> sequences =
       plan.sequences.subspan(static_cast<std::size_t>(wave.first), static_cast<std::size_t>(wave.end - wave.first));
@@ -122,44 +140,44 @@ inline void divide_wave(call_plan& plan, plan_wave& wave) noexcept {
   if (request.bundles && plan.workers > 1) {
     const sequence_plan& longest = sequences.front();
     const double states_of_all =
-        static_cast<double>(plan.sequences.size()) * static_cast<double>(splits_of(longest.tiles));
+        static_cast<double>(plan.sequences.size()) * static_cast<double>(splits_of(longest.asks.tiles));
     const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
-    const index_t tiles = std::max(longest.tiles.size(), index_t{1});
-    const index_t least_of_task = may_split ? std::min(tiles, split_tiles) : tiles;
+    const index_t tiles = std::max(longest.asks.tiles.size(), index_t{1});
+    const index_t least_of_task = (may_split ? std::min(tiles, split_tiles) : tiles) * weight_of(longest.asks);
     plan.bundle = static_cast<index_t>(std::clamp(most_of_task / static_cast<double>(least_of_task), 1.0, heads));
     while (request.kv_heads % plan.bundle != 0) --plan.bundle;
   }
-  index_t tasks = 0, slots = 0, states = 0;
-  bool apart = plan.workers > 1;
+  index_t tasks = 0, slots = 0, states = 0, merges = 0;
   for (sequence_plan& s : sequences) {
-    const index_t splits = splits_of(s.tiles);
+    const index_t splits = splits_of(s.asks.tiles);
     const double bytes =
-        heads * static_cast<double>(states + request.row_tiles * splits) * static_cast<double>(request.state_bytes);
-    apart = apart && splits > 1 && bytes <= split_state_bytes &&
-            static_cast<double>(plan.bundle) * static_cast<double>(s.tiles.size()) > most_of_task;
+        heads * static_cast<double>(states + s.asks.row_tiles * splits) * static_cast<double>(request.state_bytes);
+    const double of_task = static_cast<double>(plan.bundle * s.asks.tiles.size() * weight_of(s.asks));
+    const bool apart = plan.workers > 1 && splits > 1 && bytes <= split_state_bytes && of_task > most_of_task;
     s.parts = apart ? splits : 1;
-    s.tasks = request.row_tiles * s.parts;
-    s.first_task = tasks, s.first_slot = slots;
-    tasks += s.tasks, slots += s.slots;
-    if (apart) states += s.tasks, ++wave.end_apart;
+    s.tasks = s.asks.row_tiles * s.parts;
+    s.merges = apart ? s.asks.row_tiles : 0;
+    s.first_task = tasks, s.first_slot = slots, s.first_merge = merges, s.first_state = states;
+    tasks += s.tasks, slots += s.slots, merges += s.merges;
+    if (apart) states += s.tasks;
   }
   plan.most_slots = std::max(plan.most_slots, wave.heads * slots);
   plan.most_states = std::max(plan.most_states, wave.heads * states);
 }
 
-/// The plan of a call: the context's last one if it fits, else a new one in its place. tiles_of(b) are a sequence's key
-/// tiles, visits_of(b) how many of them the row tiles of a KV head visit in all. nullptr if there is no memory.
-/// Cost: one tiles_of() a sequence; a new plan sorts them, too.
-template <class TilesOf, class VisitsOf>
-[[nodiscard]] const call_plan* find_plan(const plan_request& request, const TilesOf& tiles_of,
-                                         const VisitsOf& visits_of, context& ctx) {
+/// The plan of a call: the context's last one if it fits, else a new one in its place. asks_of(b) is what a sequence
+/// asks for, visits_of(b) how many key tiles the rows of a KV head visit in all. nullptr if there is no memory.
+/// Cost: one asks_of() a sequence; a new plan sorts them, too.
+template <class AsksOf, class VisitsOf>
+[[nodiscard]] const call_plan* find_plan(const plan_request& request, const AsksOf& asks_of, const VisitsOf& visits_of,
+                                         context& ctx) {
   const auto n = static_cast<std::size_t>(request.sequences);
   static_assert(sizeof(call_plan) <= context::detail_plan_bytes &&
                 sizeof(sequence_plan) + sizeof(plan_wave) <= context::detail_sequence_bytes);
   std::byte* const memory = ctx.detail_plan(request.sequences);
   if (memory == nullptr) return nullptr;
   call_plan& plan = *reinterpret_cast<call_plan*>(memory);
-  const auto fits = [&](const sequence_plan& s) { return s.tiles == tiles_of(s.b); };
+  const auto fits = [&](const sequence_plan& s) { return s.asks == asks_of(s.b); };
   if (plan.request == request && std::all_of(plan.sequences.begin(), plan.sequences.end(), fits)) return &plan;
 
   auto* const sequences = reinterpret_cast<sequence_plan*>(memory + sizeof(call_plan));
@@ -167,15 +185,17 @@ template <class TilesOf, class VisitsOf>
   plan = {request, request.workers, request.bundles ? request.kv_heads : 1, 0, 0, {sequences, n}, {}};
   double visits = 0;
   for (index_t b = 0; b < request.sequences; ++b) {
-    const key_range tiles = tiles_of(b);
-    const index_t slots = request.packed_tile_bytes == 0 ? 0 : round_up(tiles.size(), tiles_packed_together);
-    sequences[b] = {b, tiles, visits_of(b), 1, 0, 0, slots, 0};
+    const sequence_request asks = asks_of(b);
+    const bool packs = request.packed_tile_bytes > 0 && asks.row_tiles > 1;
+    const index_t slots = packs ? round_up(asks.tiles.size(), tiles_packed_together) : 0;
+    sequences[b] = {b, asks, visits_of(b), 1, 0, 0, slots, 0, 0, 0, 0};
     visits += static_cast<double>(sequences[b].visits);
   }
   if (visits * static_cast<double>(request.kv_heads) * static_cast<double>(request.visit_products) < serial_work)
     plan.workers = 1;
   std::sort(sequences, sequences + n, [](const sequence_plan& x, const sequence_plan& y) {
-    return x.tiles.size() != y.tiles.size() ? x.tiles.size() > y.tiles.size() : x.b < y.b;
+    const index_t of_x = x.asks.tiles.size() * weight_of(x.asks), of_y = y.asks.tiles.size() * weight_of(y.asks);
+    return of_x != of_y ? of_x > of_y : x.b < y.b;
   });
   index_t count = 0;
   for (index_t first = 0; first < request.sequences; first = waves[count++].end) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <type_traits>
 
 #include <gqa/config.hpp>
@@ -109,11 +110,12 @@ struct output_rows {
   }
 };
 
-/// Valid keys of sequence b.
-template <class Source>
-[[nodiscard]] index_t length_of(const Source& kv, const attention_options& options, index_t b) noexcept {
-  return options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
-}
+/// Queries of a ragged batch: its n-th sequence has rows [q_offsets[n], q_offsets[n + 1]) of all of them and reads
+/// sequences[n] of the source. Without offsets a batch is even: q_len rows of batch n, and sequence n.
+struct ragged_rows {
+  std::span<const index_t> q_offsets = {};
+  std::span<const sequence_id> sequences = {};
+};
 
 /// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
 template <class A, class L>
@@ -122,6 +124,7 @@ struct problem {
   attention_options options;
   query_rows<A, L> q;
   output_rows<A> out;
+  ragged_rows ragged = {};
 
   [[nodiscard]] double scale() const noexcept {
     return options.scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
@@ -140,11 +143,28 @@ struct problem {
     return largest;
   }
 
+  /// Of sequence b of the batch: its queries, how many they are at most, the sequence of the source, its valid keys.
+  [[nodiscard]] index_t q_len(index_t b) const noexcept {
+    if (ragged.q_offsets.empty()) return shape.q_len;
+    return ragged.q_offsets[static_cast<std::size_t>(b) + 1] - ragged.q_offsets[static_cast<std::size_t>(b)];
+  }
+  [[nodiscard]] index_t kv_sequence(index_t b) const noexcept {
+    return ragged.sequences.empty() ? b : static_cast<index_t>(ragged.sequences[static_cast<std::size_t>(b)]);
+  }
+  template <class Source>
+  [[nodiscard]] index_t length(const Source& kv, index_t b) const noexcept {
+    return options.kv_lengths.empty() ? kv.length(kv_sequence(b)) : options.kv_lengths[static_cast<std::size_t>(b)];
+  }
+  /// Where its query s lies on the second axis of q and out.
+  [[nodiscard]] index_t row_of(index_t b, index_t s) const noexcept {
+    return ragged.q_offsets.empty() ? s : ragged.q_offsets[static_cast<std::size_t>(b)] + s;
+  }
+
   /// Absolute position of a sequence's first query, given its number of valid keys.
   [[nodiscard]] index_t query_offset(index_t b, index_t length) const noexcept {
     if (options.query_offset) return *options.query_offset;
     if (!options.query_offsets.empty()) return options.query_offsets[static_cast<std::size_t>(b)];
-    return length - shape.q_len;
+    return length - q_len(b);
   }
 
  private:

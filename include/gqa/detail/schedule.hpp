@@ -50,8 +50,8 @@ class scheduler {
     const index_t kv_heads = problem_.shape.kv_heads;
     for (const plan_wave& planned : plan_->waves) {
       for (index_t g = 0; g < kv_heads; g += planned.heads) {
-        const wave w{planned.first, planned.end_apart, planned.end, g, std::min(planned.heads, kv_heads - g)};
-        if (packs_) pack(w);
+        const wave w{planned.first, planned.end, g, std::min(planned.heads, kv_heads - g)};
+        pack(w);
         attend(w);
         merge_apart(w);
       }
@@ -61,7 +61,7 @@ class scheduler {
  private:
   /// The plan's sequences [first, end), and some of their KV heads.
   struct wave {
-    index_t first, end_apart, end;
+    index_t first, end;
     index_t first_head, heads;
   };
 
@@ -79,28 +79,29 @@ class scheduler {
 
   [[nodiscard]] const call_plan* find_plan() {
     const call_shape& shape = problem_.shape;
-    const index_t rows = shape.q_len * problem_.largest_group(), dims = shape.head_dim + shape.value_dim;
-    row_tiles_ = ceil_div(rows, row_tile_rows);
-    tile_rows_ = std::min(rows, row_tile_rows);
-    packs_ = row_tiles_ > 1 && slot_elements() > 0;  // tiles that a source holds lie there already
+    const index_t group = problem_.largest_group(), most_rows = shape.q_len * group;
+    tile_rows_ = std::min(most_rows, row_tile_rows);
     const plan_request request{shape.batch,
                                shape.kv_heads,
-                               row_tiles_,
                                ctx_.concurrency(),
-                               tile_rows_ * tile_tokens * dims,
-                               packs_ ? slot_elements() * index_t{sizeof(P)} : 0,
+                               tile_tokens * (shape.head_dim + shape.value_dim),
+                               slot_elements() * index_t{sizeof(P)},
                                state_elements() * index_t{sizeof(A)},
-                               heads_lie_together(kv_) && rows <= bundle_rows};
+                               heads_lie_together(kv_) && most_rows <= bundle_rows};
+    const auto asks_of = [&](index_t b) -> sequence_request {
+      const index_t rows = problem_.q_len(b) * group;
+      return {sequence_tiles(b), ceil_div(rows, row_tile_rows), std::min(rows, row_tile_rows)};
+    };
     const auto visits_of = [&](index_t b) {
       index_t visits = 0;
+      const index_t rows = problem_.q_len(b) * group;
       for (index_t first = 0; first < rows; first += row_tile_rows) {
-        const index_t group = problem_.largest_group(), last = std::min(first + row_tile_rows, rows) - 1;
-        visits += engine_.tiles_of(b, first / group, last / group).size();
+        const index_t end = std::min(first + row_tile_rows, rows);
+        visits += engine_.tiles_of(b, first / group, (end - 1) / group).size() * std::max(end - first, least_rows);
       }
       return visits;
     };
-    return detail::find_plan(
-        request, [&](index_t b) { return sequence_tiles(b); }, visits_of, ctx_);
+    return detail::find_plan(request, asks_of, visits_of, ctx_);
   }
 
   /// Elements from one packed tile to the next; 0 if the source needs no room for them.
@@ -113,7 +114,7 @@ class scheduler {
   [[nodiscard]] bool place() {
     workspace measured;
     workspace_bytes_ = carve_workspace(nullptr, measured);
-    source_tile_bytes_ = packs_ ? 0 : static_cast<std::size_t>(slot_elements()) * sizeof(P);
+    source_tile_bytes_ = static_cast<std::size_t>(slot_elements()) * sizeof(P);
     const index_t workers = plan_->workers;
     const std::size_t all_workspaces = worker_bytes() * static_cast<std::size_t>(workers);
     const std::size_t all_members =
@@ -181,10 +182,10 @@ class scheduler {
   }
 
   [[nodiscard]] key_range sequence_tiles(index_t b) const noexcept {
-    return engine_.tiles_of(b, 0, problem_.shape.q_len - 1);
+    return problem_.q_len(b) == 0 ? key_range{0, 0} : engine_.tiles_of(b, 0, problem_.q_len(b) - 1);
   }
 
-  /// Packs the tiles that a wave reads.
+  /// Packs the tiles that several row tiles of a wave read.
   void pack(const wave& w) {
     const sequence_plan& last = sequence(w.end - 1);
     for_each(w.heads * (last.first_slot + last.slots) / tiles_packed_together, [&](index_t task, index_t) {
@@ -193,22 +194,22 @@ class scheduler {
       const sequence_plan& s = at.sequence;
       const index_t g = w.first_head + at.head;
       if (problem_.group_size(g) == 0) return;
-      const index_t begin = s.tiles.begin + at.n, end = std::min(begin + tiles_packed_together, s.tiles.end);
+      const index_t begin = s.asks.tiles.begin + at.n, end = std::min(begin + tiles_packed_together, s.asks.tiles.end);
       for (index_t i = begin; i < end; ++i) {
         const index_t slot = slot_of(w, s, g, i);
-        tiles_[slot] = kv_.tile(s.b, g, i, engine_.tokens_of(s.b, i), packed_ + slot * slot_elements());
+        tiles_[slot] = engine_.tile(s.b, g, i, packed_ + slot * slot_elements());
       }
     });
   }
 
   [[nodiscard]] static index_t slot_of(const wave& w, const sequence_plan& s, index_t g, index_t tile) noexcept {
-    return w.heads * s.first_slot + (g - w.first_head) * s.slots + tile - s.tiles.begin;
+    return w.heads * s.first_slot + (g - w.first_head) * s.slots + tile - s.asks.tiles.begin;
   }
 
   /// How key tile i of a sequence of the wave is read: the function tile_at(b, g, i, scratch).
   [[nodiscard]] auto tile_reader(const wave& w, const sequence_plan& s) const noexcept {
     return [this, &w, &s](index_t b, index_t g, index_t i, P* scratch) noexcept {
-      if (!packs_) return kv_.tile(b, g, i, engine_.tokens_of(b, i), scratch);
+      if (s.slots == 0) return engine_.tile(b, g, i, scratch);
       return tiles_[slot_of(w, s, g, i)];
     };
   }
@@ -216,7 +217,7 @@ class scheduler {
   /// The n-th row tile of a bundle; no rows if a smaller group has fewer tiles.
   [[nodiscard]] row_tile row_tile_of(const bundle& item, index_t n) const noexcept {
     const index_t g = item.g + n, first = item.i * row_tile_rows;
-    return {item.b, g, first, std::clamp<index_t>(engine_.rows_of(g) - first, 0, row_tile_rows)};
+    return {item.b, g, first, std::clamp<index_t>(engine_.rows_of(item.b, g) - first, 0, row_tile_rows)};
   }
   /// Key tiles of a bundle. Those of several KV heads have all of their rows in it.
   [[nodiscard]] key_range tiles_of(const bundle& item) const noexcept {
@@ -232,7 +233,7 @@ class scheduler {
     for_each(heads * (last.first_task + last.tasks), [&](index_t task, index_t worker) {
       const place_in_wave at = place_of(w, heads, task, &sequence_plan::tasks, &sequence_plan::first_task);
       const sequence_plan& s = at.sequence;
-      const bundle item{s.b, w.first_head + at.head * plan_->bundle, row_tiles_ - 1 - at.n / s.parts};
+      const bundle item{s.b, w.first_head + at.head * plan_->bundle, s.asks.row_tiles - 1 - at.n / s.parts};
       if (s.parts == 1) {
         attend_rows(item, tile_reader(w, s), worker);
       } else {
@@ -273,10 +274,11 @@ class scheduler {
 
   /// Merges the splits of row tiles from left to right, where they were tasks of their own.
   void merge_apart(const wave& w) {
-    const index_t row_tiles = w.heads * row_tiles_;
-    for_each((w.end_apart - w.first) * row_tiles, [&](index_t task, index_t) {
-      const sequence_plan& s = sequence(w.first + task / row_tiles);
-      const bundle item{s.b, w.first_head + task % row_tiles / row_tiles_, task % row_tiles_};
+    const sequence_plan& last = sequence(w.end - 1);
+    for_each(w.heads * (last.first_merge + last.merges), [&](index_t task, index_t) {
+      const place_in_wave at = place_of(w, w.heads, task, &sequence_plan::merges, &sequence_plan::first_merge);
+      const sequence_plan& s = at.sequence;
+      const bundle item{s.b, w.first_head + at.head, at.n};
       const row_tile t = row_tile_of(item, 0);
       if (t.rows == 0) return;
       const key_range tiles = engine_.tiles_of(t);
@@ -287,11 +289,11 @@ class scheduler {
     });
   }
 
-  /// Raw states of a split that is a task of its own: they lie as tasks without bundles would follow each other.
+  /// Raw states of a split that is a task of its own.
   [[nodiscard]] raw_states<A> part_states(const wave& w, const sequence_plan& s, const bundle& item,
                                           index_t part) const noexcept {
-    const index_t row_tile = (item.g - w.first_head) * row_tiles_ + item.i;
-    A* const at = states_ + (w.heads * s.first_task + row_tile * s.parts + part) * state_elements();
+    const index_t row_tile = (item.g - w.first_head) * s.asks.row_tiles + item.i;
+    A* const at = states_ + (w.heads * s.first_state + row_tile * s.parts + part) * state_elements();
     A* const sums = at + tile_rows_ * engine_.out_stride();
     return {sums + tile_rows_, sums, at};
   }
@@ -367,9 +369,7 @@ class scheduler {
   context& ctx_;
   const call_plan* plan_ = nullptr;
 
-  index_t row_tiles_ = 0;  // of the largest pair
-  index_t tile_rows_ = 0;  // rows of its fullest row tile
-  bool packs_ = false;
+  index_t tile_rows_ = 0;  // of the fullest row tile
 
   std::size_t workspace_bytes_ = 0;    // of one row tile
   std::size_t source_tile_bytes_ = 0;  // of a worker's tile for the source

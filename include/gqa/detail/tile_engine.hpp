@@ -113,7 +113,7 @@ class tile_engine {
         fetched_(fetched_of(p.shape)),
         sees_intervals_(!p.options.mask && !hides_keys<Variant>),
         streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
-        reads_rows_(sees_intervals_ && rules_.is_plain() && has_rows && takes_rows(p.shape)) {}
+        reads_rows_(sees_intervals_ && rules_.is_plain() && has_whole_groups(kv) && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -123,8 +123,14 @@ class tile_engine {
     return has_rows ? std::max(rows, run_tiles * std::min<index_t>(rows, block_rows)) : rows;
   }
 
-  [[nodiscard]] index_t length(index_t b) const noexcept { return length_of(kv_, problem_.options, b); }
-  [[nodiscard]] index_t rows_of(index_t g) const noexcept { return problem_.shape.q_len * problem_.group_size(g); }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return problem_.length(kv_, b); }
+  [[nodiscard]] index_t rows_of(index_t b, index_t g) const noexcept {
+    return problem_.q_len(b) * problem_.group_size(g);
+  }
+  /// Key tile i, where the source has it or packed into scratch.
+  [[nodiscard]] kv_tile<P> tile(index_t b, index_t g, index_t i, P* scratch) const noexcept {
+    return kv_.tile(problem_.kv_sequence(b), g, i, tokens_of(b, i), scratch);
+  }
 
   /// Key tiles [begin, end) that some of the queries [first, last] of a sequence may see.
   [[nodiscard]] key_range tiles_of(index_t b, index_t first, index_t last) const noexcept {
@@ -151,7 +157,7 @@ class tile_engine {
     const index_t dim = problem_.shape.head_dim;
     for_each_row(t, [&](index_t r, const row_index& row) {
       L* const to = w.q + r * q_stride();
-      problem_.q.load(row.batch, row.query, row.q_head, dim, rules_.query_factor(), to);
+      problem_.q.load(row.batch, problem_.row_of(row.batch, row.query), row.q_head, dim, rules_.query_factor(), to);
       std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     });
   }
@@ -164,7 +170,7 @@ class tile_engine {
     // Nothing may be hidden from rows that read in place: values there cannot be kept out of a sum, were they NaN. What
     // decides is the call's shape and options; the contents of a mask would let one head's mask choose another's
     // kernel, and so its bits.
-    w.in_place = reads_rows_ && rows_of(t.g) <= block_rows;
+    w.in_place = reads_rows_ && rows_of(t.b, t.g) <= block_rows;
   }
   /// What to ask for while rows are read in place by `heads` KV heads, one after the other.
   void look_ahead(const row_tile& t, index_t heads, workspace& w) const noexcept {
@@ -188,8 +194,7 @@ class tile_engine {
     index_t i = tiles.begin;
     if (!streams_ || t.rows > stream_rows<A> || i < w.whole.begin) return i;
     w.all_seen = true;
-    for (; i < std::min(tiles.end, w.whole.end); ++i)
-      stream_tile(t, kv_.tile(t.b, t.g, i, tile_tokens, nullptr), w, states);
+    for (; i < std::min(tiles.end, w.whole.end); ++i) stream_tile(t, tile(t.b, t.g, i, nullptr), w, states);
     return i;
   }
 
@@ -201,7 +206,7 @@ class tile_engine {
   /// In place, first: the scores of a group.
   void score_group(const row_tile& t, const group_place& at, workspace& w) const noexcept {
     if constexpr (has_rows) {
-      const auto rows = kv_.rows(t.b, t.g, at.first_token());
+      const auto rows = kv_.rows(problem_.kv_sequence(t.b), t.g, at.first_token());
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
           rows.k, w.ahead.k, w.q, q_stride(), problem_.shape.head_dim,
           w.s + at.slot * t.rows * tile_tokens + at.n * group_tokens);
@@ -220,7 +225,7 @@ class tile_engine {
         std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
         std::fill_n(w.tile_weights, t.rows, A{0});
       }
-      const auto rows = kv_.rows(t.b, t.g, at.first_token());
+      const auto rows = kv_.rows(problem_.kv_sequence(t.b), t.g, at.first_token());
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
           rows.v, w.ahead.v, w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens, {w.tile_sums, w.tile_weights},
           out_stride(), problem_.shape.value_dim);
@@ -248,11 +253,11 @@ class tile_engine {
     for_each_row(t, [&](index_t r, const row_index& row) {
       const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(row.q_head)]);
       const finished_row<A> done = finish_row(states.max[r], states.sum[r], sink);
-      problem_.out.store(row.batch, row.query, row.q_head, dim, states.out + r * out_stride(), done.scale, done.sum);
+      const index_t at = problem_.row_of(row.batch, row.query);
+      problem_.out.store(row.batch, at, row.q_head, dim, states.out + r * out_stride(), done.scale, done.sum);
       if (problem_.out.lse == nullptr) return;
       // With only the sink the logarithm is the sink itself, unrounded.
-      problem_.out.store_log_sum_exp(row.batch, row.query, row.q_head,
-                                     states.sum[r] == A{0} ? sink : log_sum_exp(done));
+      problem_.out.store_log_sum_exp(row.batch, at, row.q_head, states.sum[r] == A{0} ? sink : log_sum_exp(done));
     });
   }
 
@@ -269,6 +274,12 @@ class tile_engine {
     kv.rows(index_t{}, index_t{}, index_t{});
     kv.ahead(index_t{}, group_visit{});
   };
+
+  /// Whether 16 tokens at a multiple of 16 always lie a stride apart, for the kernel of few rows.
+  [[nodiscard]] static bool has_whole_groups(const Source& kv) noexcept {
+    if constexpr (requires { kv.has_whole_groups(); }) return has_rows && kv.has_whole_groups();
+    return has_rows;
+  }
 
   /// Bytes of a tile, and those of the next one that a row block asks for.
   struct fetched_bytes {

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// batch_attention(): a ragged batch in one call: prefills, appends, drafts of tokens and decode steps of many
+/// sequences together, over any kv_source.
+///
+/// All queries lie in one tensor [total_q, H, D]; the n-th sequence of the batch owns rows [q_offsets[n],
+/// q_offsets[n + 1]) and reads the keys of sequences[n]. Tasks of all of them are planned together, by cost, and the
+/// plan stays in the context: the layers of a model, and decode steps until a sequence begins a new key tile, reuse it.
+/// A row has the bits that it has in a call by itself.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <gqa/attention.hpp>
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/error.hpp>
+#include <gqa/kv_source.hpp>
+#include <gqa/options.hpp>
+#include <gqa/state.hpp>
+#include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa {
+
+/// n sequences in the batch.
+struct batch_options {
+  /// Of all sequences; kv_lengths [n]. No query_offsets, mask or bias: the first and a mask follow, one a sequence.
+  attention_options common = {};
+  std::span<const index_t> query_offsets = {};  ///< [n]: position of a sequence's first query; default: its last ones
+  /// [n]: true where query i sees the j-th of the last q_len keys, beside what the other rules hide: trees of draft
+  /// tokens (SpecInfer, Miao et al. 2024). [q_len, q_len] each, any strides; empty: nothing more is hidden.
+  std::span<const tensor_view<const bool, 2>> masks = {};
+};
+
+namespace detail {
+
+/// Rows of a ragged batch: [total_q, H, D].
+template <class T>
+inline constexpr bool is_view_3d = false;
+template <class T>
+inline constexpr bool is_view_3d<tensor_view<T, 3>> = true;
+template <class T>
+concept batch_tensor = is_view_3d<std::remove_cvref_t<T>> || tensor_like<T>;
+
+/// The same as the one batch of a rank-4 view, which has no stride.
+template <batch_tensor T>
+[[nodiscard]] constexpr auto as_rows(T&& rows) {
+  if constexpr (is_view_3d<std::remove_cvref_t<T>>) {
+    using element = typename std::remove_cvref_t<T>::element_type;
+    return tensor_view<element, 4>(rows.data(), {1, rows.extent(0), rows.extent(1), rows.extent(2)},
+                                   {0, rows.stride(0), rows.stride(1), rows.stride(2)});
+  } else {
+    return without_idle_strides(as_view(std::forward<T>(rows)));
+  }
+}
+template <class T>
+concept batch_output = output_state<T> ||(batch_tensor<T>&& requires(T&& rows) {
+  requires !std::is_const_v<typename decltype(as_rows(std::forward<T>(rows)))::element_type>;
+});
+
+inline namespace GQA_ISA {
+
+[[nodiscard]] inline fault find_offsets_fault(const ragged_rows& ragged, index_t total, index_t sequences) noexcept {
+  const std::span<const index_t> offsets = ragged.q_offsets;
+  if (offsets.size() != ragged.sequences.size() + 1)
+    return make_fault(errc::shape, "q_offsets: expected %zu entries (one more than sequences), got %zu",
+                      ragged.sequences.size() + 1, offsets.size());
+  index_t before = 0;
+  for (std::size_t n = 0; n < offsets.size(); ++n) {
+    const bool is_end = n + 1 == offsets.size();
+    if (offsets[n] < before || offsets[n] > total || (n == 0 && offsets[n] != 0) || (is_end && offsets[n] != total))
+      return make_fault(errc::range, "q_offsets[%zu]: expected 0 ascending to %lld (the rows of q), got %lld", n,
+                        printable(total), printable(offsets[n]));
+    before = offsets[n];
+  }
+  for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
+    const auto id = static_cast<index_t>(ragged.sequences[n]);
+    if (id < 0 || id >= sequences)
+      return make_fault(errc::range, "sequences[%zu]: expected 0 to %lld, got %lld", n, printable(sequences - 1),
+                        printable(id));
+  }
+  return {};
+}
+
+/// Which of their last q_len keys the queries of a batch's sequences see: a variant.
+class draft_masks {
+ public:
+  /// Of a sequence: the position of its first query, and the first of its last q_len keys.
+  struct place {
+    index_t query, key;
+  };
+  draft_masks(std::span<const tensor_view<const bool, 2>> masks, std::vector<place> places) noexcept
+      : masks_(masks), places_(std::move(places)) {}
+
+  [[nodiscard]] bool visible(const position& p) const noexcept {
+    const auto& mask = masks_[static_cast<std::size_t>(p.batch)];
+    const place& first = places_[static_cast<std::size_t>(p.batch)];
+    const index_t key = p.key - first.key;
+    return mask.size() == 0 || key < 0 || key >= mask.extent(1) || mask(p.query - first.query, key);
+  }
+  [[nodiscard]] visibility visible(const key_block& b) const noexcept {
+    const std::size_t n = static_cast<std::size_t>(b.batch);
+    return masks_[n].size() == 0 || b.key_end <= places_[n].key ? visibility::all : visibility::some;
+  }
+
+ private:
+  std::span<const tensor_view<const bool, 2>> masks_;
+  std::vector<place> places_;
+};
+
+template <class Q, class KV, class Out>
+[[nodiscard]] fault find_batch_fault(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, const KV& kv,
+                                     const Out& out_or_state, const batch_options& options,
+                                     const attention_options& common) noexcept {
+  if (const auto f = kv.find_fault()) return f;
+  const operand queries = describe("q", q), out = describe("out", output_view(out_or_state));
+  const call_shape of_rows{1, q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  if (const auto f = find_shape_fault(queries, out, of_rows)) return f;
+  if (const auto f = find_offsets_fault(ragged, q.extent(1), kv.batch())) return f;
+  if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
+    return make_fault(errc::option,
+                      "options.common: expected no mask, bias or query_offsets, which a ragged batch has one by one");
+  call_shape of_batch = of_rows;
+  of_batch.batch = static_cast<index_t>(ragged.sequences.size());
+  if (const auto f = find_options_fault(common, of_batch)) return f;
+  if (!options.masks.empty() && options.masks.size() != ragged.sequences.size())
+    return make_fault(errc::shape, "options.masks: expected %zu entries, got %zu", ragged.sequences.size(),
+                      options.masks.size());
+  for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
+    const index_t there = kv.length(static_cast<index_t>(ragged.sequences[n]));
+    const index_t length = common.kv_lengths.empty() ? there : common.kv_lengths[n];
+    if (length > there)
+      return make_fault(errc::length, "options.common.kv_lengths[%zu]: expected at most %lld, got %lld", n,
+                        printable(there), printable(length));
+    if (options.masks.empty() || options.masks[n].size() == 0) continue;
+    const auto& mask = options.masks[n];
+    const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
+    if (mask.extent(0) != rows || mask.extent(1) != rows || rows > length)
+      return make_fault(errc::shape,
+                        "options.masks[%zu]: expected [%lld, %lld] of at least as many keys, got [%lld, "
+                        "%lld] of %lld",
+                        n, printable(rows), printable(rows), printable(mask.extent(0)), printable(mask.extent(1)),
+                        printable(length));
+    const tensor_view<const bool, 4> as_operand(mask.data(), {1, 1, rows, rows},
+                                                {0, 0, mask.stride(0), mask.stride(1)});
+    if (const auto f = find_extents_fault(describe("options.masks", as_operand))) return f;
+    if (const auto f = find_overlap_fault(out, describe("options.masks", as_operand))) return f;
+  }
+  for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences)}) {
+    if (const auto f = find_overlap_fault(out, read)) return f;
+  }
+  return find_memory_fault(q, kv, out_or_state, common);
+}
+
+template <class Q, class KV, class Out>
+void attend_batch(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, const KV& kv, const Out& out,
+                  const batch_options& options, context& ctx) {
+  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
+  attention_options common = options.common;
+  if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
+  if (const auto f = find_batch_fault(q, ragged, kv, out, options, common)) return raise(f);
+  if (options.masks.empty()) return attend_checked(q, kv, out, common, ragged, no_variant{}, ctx);
+  auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
+  p.ragged = ragged;
+  std::vector<draft_masks::place> places;
+  for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
+    const index_t length = p.length(kv, n);
+    places.push_back({p.query_offset(n, length), length - p.q_len(n)});
+  }
+  attend_checked(q, kv, out, common, ragged, draft_masks(options.masks, std::move(places)), ctx);
+}
+
+}  // namespace GQA_ISA
+}  // namespace detail
+
+inline namespace GQA_ISA {
+
+/// Attention of a ragged batch of n sequences.
+/// \param q          [total_q, H, D]: a tensor_view of rank 3, or what view() takes, of batch 1
+/// \param q_offsets  [n + 1]: 0 ascending to total_q; a sequence may have no queries
+/// \param kv         source of the keys; each sequence has a length of its own
+/// \param sequences  [n]: of the source, in any order, repeated or not
+/// \param out        [total_q, H, E] likewise, or a partial_state of [1, total_q, H, E]
+/// \throws error     as attention() does, and (errc::range, errc::shape) for offsets and sequences that do not fit
+/// Cost: as the calls one by one, but for what threads wait; a new plan takes some 20 ns a sequence.
+template <detail::batch_tensor Q, kv_source KV, detail::batch_output Out>
+void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
+                     Out&& out, const batch_options& options, context& ctx) {
+  const auto rows = detail::as_rows(std::forward<Q>(q));
+  using element = typename decltype(rows)::value_type;
+  const tensor_view<const element, 4> queries = rows;
+  const detail::ragged_rows ragged{q_offsets, sequences};
+  if constexpr (detail::output_state<Out>) {
+    const auto& lse = out.lse;
+    using lse_view = std::remove_cvref_t<decltype(lse)>;
+    const std::remove_cvref_t<Out> state{
+        detail::without_idle_strides(out.out),
+        lse_view(lse.data(), {lse.extent(0), lse.extent(1), lse.extent(2)}, {0, lse.stride(1), lse.stride(2)})};
+    detail::attend_batch(queries, ragged, kv, state, options, ctx);
+  } else {
+    detail::attend_batch(queries, ragged, kv, detail::as_rows(std::forward<Out>(out)), options, ctx);
+  }
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ragged batches: every row has the bits that it has in a call by itself.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/attend.hpp"
+#include "support/cases.hpp"
+#include "support/kernels.hpp"
+#include "support/pages.hpp"
+
+namespace gqa::test {
+namespace {
+
+// Sequences of different lengths in a cache, in pages and as tensors; some of them, in some order, with so many queries
+// each, are a batch.
+template <class T>
+struct ragged_case {
+  index_t heads, kv_heads, dim, value_dim;
+  std::vector<index_t> lengths;  // of all sequences
+  tensor<T> k, v;
+  std::vector<sequence_id> sequences;
+  std::vector<index_t> offsets{0};
+  std::vector<T> q;
+
+  ragged_case(index_t h, index_t g, index_t d, index_t e, const std::vector<index_t>& of_sequences, rng& random)
+      : heads(h),
+        kv_heads(g),
+        dim(d),
+        value_dim(e),
+        lengths(of_sequences),
+        k({count(), longest(), g, d}, layout::bshd),
+        v({count(), longest(), g, e}, layout::bshd) {
+    for (tensor<T>* x : {&k, &v})
+      for (T& y : x->data()) y = static_cast<T>(static_cast<float>(random.normal()));
+  }
+  void add(index_t sequence, index_t queries, rng& random) {
+    sequences.push_back(static_cast<sequence_id>(sequence));
+    offsets.push_back(offsets.back() + queries);
+    for (index_t i = 0; i < queries * heads * dim; ++i)
+      q.push_back(static_cast<T>(static_cast<float>(random.normal())));
+  }
+  index_t count() const { return static_cast<index_t>(lengths.size()); }
+  index_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
+  index_t total() const { return offsets.back(); }
+  index_t queries(std::size_t n) const { return offsets[n + 1] - offsets[n]; }
+  index_t length(std::size_t n) const { return lengths[static_cast<std::size_t>(sequences[n])]; }
+  tensor_view<const T, 3> rows() const { return {q.data(), {total(), heads, dim}}; }
+  tensor_view<const T, 4> rows_of(std::size_t n) const {
+    return {q.data() + offsets[n] * heads * dim, {1, queries(n), heads, dim}};
+  }
+  auto of_sequence(const tensor<T>& x, std::size_t n) const {
+    return slice(slice(x.view(), 0, static_cast<index_t>(sequences[n]), 1), 1, 0, length(n));
+  }
+  kv_cache<T> cache() const {
+    kv_cache<T> c(count(), kv_heads, longest(), dim, value_dim);
+    for (index_t b = 0; b < count(); ++b) {
+      const index_t tokens = lengths[static_cast<std::size_t>(b)];
+      c.append(b, slice(slice(k.view(), 0, b, 1), 1, 0, tokens), slice(slice(v.view(), 0, b, 1), 1, 0, tokens));
+    }
+    return c;
+  }
+};
+
+template <class T>
+struct rows_result {
+  std::vector<T> out;
+  std::vector<accumulator_t<T>> lse;
+  rows_result(index_t rows, index_t heads, index_t dim)
+      : out(static_cast<std::size_t>(std::max<index_t>(rows * heads * dim, 1)), static_cast<T>(9.0f)),
+        lse(static_cast<std::size_t>(std::max<index_t>(rows * heads, 1)), 9) {}
+};
+
+// The batch over a source, beside its sequences one by one over another source of one sequence.
+template <class T, class KV, class SourceOf>
+void expect_single_calls(const ragged_case<T>& c, const KV& kv, const SourceOf& source_of, const batch_options& options,
+                         context& ctx, const std::string& what) {
+  rows_result<T> batch(c.total(), c.heads, c.value_dim);
+  const partial_state<T> state{tensor_view<T, 4>(batch.out.data(), {1, c.total(), c.heads, c.value_dim}),
+                               tensor_view<accumulator_t<T>, 3>(batch.lse.data(), {1, c.total(), c.heads})};
+  batch_attention(c.rows(), c.offsets, kv, c.sequences, state, options, ctx);
+  std::vector<T> plain(batch.out.size(), static_cast<T>(8.0f));
+  batch_attention(c.rows(), c.offsets, kv, c.sequences,
+                  tensor_view<T, 3>(plain.data(), {c.total(), c.heads, c.value_dim}), options, ctx);
+  if (c.total() > 0) {
+    EXPECT_EQ(std::memcmp(plain.data(), batch.out.data(), plain.size() * sizeof(T)), 0) << what;
+  }
+  for (std::size_t n = 0; n < c.sequences.size(); ++n) {
+    attention_options one = options.common;
+    one.kv_lengths = {};
+    if (!options.common.kv_lengths.empty()) one.kv_lengths = options.common.kv_lengths.subspan(n, 1);
+    if (!options.query_offsets.empty()) one.query_offsets = options.query_offsets.subspan(n, 1);
+    const index_t queries = c.queries(n);
+    const index_t length = one.kv_lengths.empty() ? c.length(n) : one.kv_lengths[0];
+    // A draft's mask as a mask of the whole sequence.
+    std::vector<char> seen(static_cast<std::size_t>(std::max<index_t>(queries * c.length(n), 1)), 1);
+    if (!options.masks.empty() && options.masks[n].size() > 0) {
+      for (index_t i = 0; i < queries; ++i)
+        for (index_t j = 0; j < queries; ++j)
+          seen[static_cast<std::size_t>(i * c.length(n) + length - queries + j)] = options.masks[n](i, j);
+      one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, queries, c.length(n)});
+    }
+    rows_result<T> expected(queries, c.heads, c.value_dim);
+    const partial_state<T> to{tensor_view<T, 4>(expected.out.data(), {1, queries, c.heads, c.value_dim}),
+                              tensor_view<accumulator_t<T>, 3>(expected.lse.data(), {1, queries, c.heads})};
+    context alone;
+    attention(c.rows_of(n), source_of(n), to, one, alone);
+    const index_t first = c.offsets[n] * c.heads;
+    if (queries == 0) continue;
+    ASSERT_EQ(std::memcmp(batch.out.data() + first * c.value_dim, expected.out.data(), expected.out.size() * sizeof(T)),
+              0)
+        << what << ", sequence " << n << " of " << queries << " queries over " << c.length(n);
+    ASSERT_EQ(std::memcmp(batch.lse.data() + first, expected.lse.data(), expected.lse.size() * sizeof(batch.lse[0])), 0)
+        << what << ", lse of sequence " << n;
+  }
+}
+
+// Queries of a random batch: prefills, appends, drafts, decode steps, nothing.
+template <class T>
+ragged_case<T> random_case(rng& random) {
+  const index_t kv_heads = random.between(1, 3), group = random.between(1, 5);
+  const index_t dim = random.chance(0.5) ? 32 : random.between(1, 40), value_dim = random.chance(0.5) ? 64 : dim;
+  std::vector<index_t> lengths;
+  for (index_t i = random.between(1, 6); i > 0; --i)
+    lengths.push_back(random.chance(0.2) ? random.between(1000, 2500) : random.between(0, 200));
+  ragged_case<T> c(kv_heads * group, kv_heads, dim, value_dim, lengths, random);
+  for (index_t i = random.between(0, 8); i > 0; --i) {
+    const index_t sequence = random.between(0, c.count() - 1), length = c.lengths[static_cast<std::size_t>(sequence)];
+    const index_t queries = random.chance(0.5) ? 1 : random.between(0, random.chance(0.3) ? 130 : 16);
+    c.add(sequence, std::min(queries, length), random);
+  }
+  return c;
+}
+
+template <class T>
+void expect_any_batch(index_t rounds, std::uint64_t seed) {
+  rng random(seed);
+  Eigen::ThreadPool pool(3);
+  context serial, threads(pool);
+  for (index_t round = 0; round < rounds && !::testing::Test::HasFailure(); ++round) {
+    const auto c = random_case<T>(random);
+    const std::string what = "round " + std::to_string(round);
+    batch_options options;
+    options.common.causal = random.chance(0.8);
+    if (random.chance(0.3)) options.common.window = {random.between(0, 100), -1};
+    if (random.chance(0.2)) options.common.softcap = 5;
+    std::vector<float> sinks(static_cast<std::size_t>(c.heads), 0.5f);
+    if (random.chance(0.3)) options.common.sinks = sinks;
+    std::vector<index_t> lengths, offsets;
+    for (std::size_t n = 0; n < c.sequences.size(); ++n) {
+      lengths.push_back(random.between(c.queries(n), c.length(n)));
+      offsets.push_back(random.between(-3, c.length(n)));
+    }
+    if (random.chance(0.3)) options.common.kv_lengths = lengths;
+    if (random.chance(0.3)) options.query_offsets = offsets;
+    const auto cache = c.cache();
+    context& ctx = random.chance(0.5) ? serial : threads;
+    const auto in_cache = [&](std::size_t n) {
+      return detail::part_of_source<kv_cache<T>>(cache, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads,
+                                                 c.length(n));
+    };
+    expect_single_calls(c, cache, in_cache, options, ctx, what + ", cache");
+    const auto order = random.chance(0.5) ? page_order::tokens_first : page_order::heads_first;
+    const index_t page_size = random.chance(0.5) ? 16 : random.between(1, 70);
+    pages<T> paged(c.k.view(), c.v.view(), c.lengths, page_size, order, random);
+    const auto view = paged.view();
+    const auto in_pages = [&](std::size_t n) {
+      return detail::part_of_source<paged_view<T>>(view, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads,
+                                                   c.length(n));
+    };
+    expect_single_calls(c, view, in_pages, options, ctx, what + ", pages of " + std::to_string(page_size));
+  }
+}
+TEST(Batch, HasTheBitsOfSingleCalls) {
+  expect_any_batch<float>(120, 1);
+  expect_any_batch<Eigen::bfloat16>(40, 2);
+}
+TEST(Batch, HasTheBitsOfSingleCallsInOtherTypes) {
+  expect_any_batch<double>(20, 3);
+  expect_any_batch<Eigen::half>(20, 4);
+}
+
+// Trees of draft tokens: a node sees its ancestors and itself.
+TEST(Batch, TakesTreesOfDrafts) {
+  rng random(9);
+  ragged_case<float> c(4, 2, 16, 24, {100, 300, 64, 1500}, random);
+  c.add(1, 7, random), c.add(0, 1, random), c.add(2, 16, random), c.add(3, 5, random), c.add(1, 3, random);
+  std::vector<std::vector<char>> trees;
+  std::vector<tensor_view<const bool, 2>> masks;
+  for (std::size_t n = 0; n < c.sequences.size(); ++n) {
+    const index_t nodes = c.queries(n);
+    std::vector<char> tree(static_cast<std::size_t>(nodes * nodes));
+    for (index_t i = 0; i < nodes; ++i) {
+      for (index_t j = i; j >= 0; j = j == 0 ? -1 : random.between(0, j - 1))  // up to the root
+        tree[static_cast<std::size_t>(i * nodes + j)] = 1;
+    }
+    trees.push_back(tree);
+  }
+  for (std::size_t n = 0; n < trees.size(); ++n) {
+    const index_t nodes = c.queries(n);
+    if (n == 3) {
+      masks.emplace_back();  // a sequence without one
+    } else {
+      masks.emplace_back(reinterpret_cast<const bool*>(trees[n].data()), std::array<index_t, 2>{nodes, nodes});
+    }
+  }
+  batch_options options;
+  options.common.causal = true;
+  options.masks = masks;
+  const auto cache = c.cache();
+  context ctx;
+  expect_single_calls(
+      c, cache,
+      [&](std::size_t n) {
+        return detail::part_of_source<kv_cache<float>>(cache, static_cast<index_t>(c.sequences[n]), 0, 2, c.length(n));
+      },
+      options, ctx, "trees");
+}
+
+TEST(Batch, IsWhatTheOracleSays) {
+  rng random(10);
+  ragged_case<float> c(6, 2, 32, 16, {40, 500}, random);
+  c.add(1, 30, random), c.add(0, 1, random);
+  const auto cache = c.cache();
+  std::vector<float> out(static_cast<std::size_t>(c.total() * 6 * 16));
+  context ctx;
+  batch_options options;
+  options.common.causal = true;
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, view(out.data(), {1, c.total(), 6, 16}), options, ctx);
+  for (std::size_t n = 0; n < 2; ++n) {
+    const auto expected = run_oracle_on(c.rows_of(n), c.of_sequence(c.k, n), c.of_sequence(c.v, n), options.common);
+    comparison compared;
+    for (std::size_t i = 0; i < expected.out.size(); ++i)
+      compared.add(static_cast<double>(out[static_cast<std::size_t>(c.offsets[n] * 6 * 16) + i]), expected.out[i],
+                   output_bound<float>(expected.max_score, expected.max_value), "out");
+    EXPECT_TRUE(compared.result());
+  }
+}
+
+TEST(Batch, TakesEigenTensorsAndStrides) {
+  rng random(11);
+  ragged_case<float> c(4, 2, 16, 16, {40, 50}, random);
+  c.add(1, 3, random), c.add(0, 2, random);
+  const auto cache = c.cache();
+  context ctx;
+  std::vector<float> expected(static_cast<std::size_t>(5 * 4 * 16)), apart(static_cast<std::size_t>(5 * 100), 7);
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(expected.data(), {5, 4, 16}), {}, ctx);
+  Eigen::Tensor<float, 3, Eigen::RowMajor> q(5, 4, 16), out(5, 4, 16);
+  std::copy(c.q.begin(), c.q.end(), q.data());
+  batch_attention(q, c.offsets, cache, c.sequences, out, {}, ctx);
+  EXPECT_EQ(std::memcmp(out.data(), expected.data(), expected.size() * sizeof(float)), 0);
+  const tensor_view<float, 3> rows_apart(apart.data(), {5, 4, 16}, {100, 16, 1});
+  batch_attention(q, c.offsets, cache, c.sequences, rows_apart, {}, ctx);
+  for (index_t i = 0; i < 5 * 64; ++i)
+    ASSERT_EQ(rows_apart(i / 64, i % 64 / 16, i % 16), expected[static_cast<std::size_t>(i)]);
+  EXPECT_EQ(apart[64], 7);
+}
+
+TEST(Batch, MayBeEmpty) {
+  rng random(12);
+  ragged_case<float> c(4, 2, 16, 16, {40, 0}, random);
+  const auto cache = c.cache();
+  context ctx;
+  float out = 5;
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(&out, {0, 4, 16}), {}, ctx);
+  c.add(0, 0, random), c.add(1, 0, random);
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(&out, {0, 4, 16}), {}, ctx);
+  EXPECT_EQ(out, 5);
+}
+
+#ifndef GQA_NO_EXCEPTIONS
+TEST(Batch, RefusesWhatDoesNotFit) {
+  rng random(13);
+  ragged_case<float> c(4, 2, 16, 16, {40, 50}, random);
+  c.add(1, 3, random), c.add(0, 2, random);
+  const auto cache = c.cache();
+  std::vector<float> out(static_cast<std::size_t>(5 * 64), 7);
+  context ctx;
+  const bool tree[9] = {true, false, false, true, true, false, true, true, true};
+  const index_t most = std::numeric_limits<index_t>::max();
+  const auto with = [&](const auto& change) {
+    std::vector<index_t> offsets = c.offsets;
+    std::vector<sequence_id> sequences = c.sequences;
+    batch_options options;
+    change(offsets, sequences, options);
+    try {
+      batch_attention(c.rows(), offsets, cache, sequences, tensor_view<float, 3>(out.data(), {5, 4, 16}), options, ctx);
+    } catch (const error& e) {
+      EXPECT_EQ(std::count(out.begin(), out.end(), 7.0f), static_cast<std::ptrdiff_t>(out.size())) << e.what();
+      return e.code();
+    }
+    std::fill(out.begin(), out.end(), 7.0f);
+    return errc::ok;
+  };
+  EXPECT_EQ(with([](auto&, auto&, auto&) {}), errc::ok);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets.pop_back(); }), errc::shape);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets.clear(); }), errc::shape);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets[0] = 1; }), errc::range);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets[2] = 4; }), errc::range);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets[2] = 6; }), errc::range);
+  EXPECT_EQ(with([](auto& offsets, auto&, auto&) { offsets[1] = -1; }), errc::range);
+  EXPECT_EQ(with([&](auto& offsets, auto&, auto&) { offsets[1] = most; }), errc::range);
+  EXPECT_EQ(with([](auto&, auto& sequences, auto&) { sequences[0] = sequence_id{2}; }), errc::range);
+  EXPECT_EQ(with([](auto&, auto& sequences, auto&) { sequences[1] = sequence_id{-1}; }), errc::range);
+  EXPECT_EQ(with([&](auto&, auto& sequences, auto&) { sequences[1] = static_cast<sequence_id>(most); }), errc::range);
+  const std::vector<index_t> two{0, 0}, three{0, 0, 0}, long_ones{51, 2};
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.query_offsets = two; }), errc::ok);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.query_offsets = three; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.common.query_offsets = two; }), errc::option);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.query_offsets = two, o.common.query_offset = 3; }), errc::option);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.common.kv_lengths = two; }), errc::ok);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.common.kv_lengths = long_ones; }), errc::length);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.common.softcap = -1; }), errc::option);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) {
+              o.common.mask = tensor_view<const bool, 4>(tree, {1, 1, 1, 9});
+            }),
+            errc::option);
+  const std::vector<tensor_view<const bool, 2>> fit{{tree, {3, 3}}, {tree, {2, 2}}}, one{{tree, {3, 3}}},
+      other{{tree, {2, 3}}, {}}, null{{nullptr, {3, 3}}, {}};
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = fit; }), errc::ok);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = one; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = other; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = null; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = fit, o.common.kv_lengths = two; }), errc::shape);
+  EXPECT_THROW(
+      batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(out.data(), {4, 4, 16}), {}, ctx),
+      error);
+  EXPECT_THROW(batch_attention(view(c.q.data(), {5, 1, 4, 16}), c.offsets, cache, c.sequences,
+                               view(out.data(), {5, 1, 4, 16}), {}, ctx),
+               error);  // more than one batch of rows
+  EXPECT_THROW(
+      batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(c.q.data(), {5, 4, 16}), {}, ctx),
+      error);  // over the queries
+}
+#endif
+
+}  // namespace
+}  // namespace gqa::test
