@@ -83,14 +83,18 @@ class capture {
     std::smatch found;
     if (!std::regex_search(header, found, fields)) refuse("expected records of q, k and v, of floats");
     const auto at = [&](std::size_t i) { return static_cast<gqa::index_t>(std::stoll(found[i])); };
-    capture c(at(7), at(1), at(3), at(2));
-    if (at(4) != c.dim_ || at(6) != c.dim_ || at(5) != c.kv_heads_)
-      refuse("expected k and v of one shape, q of their dim");
-    if (c.record() == 0 || c.kv_heads_ == 0 || c.q_heads_ % c.kv_heads_ != 0)
+    const gqa::index_t q_heads = at(1), kv_heads = at(3), dim = at(2), layers = at(7), tokens = at(8);
+    if (at(4) != dim || at(6) != dim || at(5) != kv_heads) refuse("expected k and v of one shape, q of their dim");
+    if (dim == 0 || kv_heads == 0 || q_heads == 0 || q_heads % kv_heads != 0)
       refuse("expected query heads that are a multiple of the KV heads");
-    const auto of_layer = static_cast<std::size_t>(at(8) * c.record());
-    if ((bytes.size() - preamble - length) / sizeof(float) / std::max<std::size_t>(of_layer, 1) < c.layers_.size())
-      refuse("ends before its last token");
+    // By division: the product of absurd extents overflows.
+    auto floats = static_cast<gqa::index_t>((bytes.size() - preamble - length) / sizeof(float));
+    for (const gqa::index_t extent : {dim, q_heads + 2 * kv_heads, layers, tokens})
+      floats = extent == 0 ? 0 : floats / extent;
+    if (layers == 0 || tokens == 0) refuse("holds no tokens");
+    if (floats == 0) refuse("ends before its last token");
+    capture c(layers, q_heads, kv_heads, dim);
+    const auto of_layer = static_cast<std::size_t>(tokens * c.record());
     const char* from = bytes.data() + preamble + length;
     for (std::vector<float>& layer : c.layers_) {
       layer.resize(of_layer);

@@ -186,8 +186,9 @@ void measure(choice& c, const example::capture& in, index_t layer, index_t token
 std::vector<const choice*> pareto_front(std::vector<choice>& all) {
   std::vector<choice*> order;
   for (choice& c : all) order.push_back(&c);
-  std::stable_sort(order.begin(), order.end(), [](const choice* x, const choice* y) {
-    return x->time() != y->time() ? x->time() < y->time() : x->error() < y->error();
+  std::sort(order.begin(), order.end(), [](const choice* x, const choice* y) {
+    if (x->time() != y->time()) return x->time() < y->time();
+    return x->error() != y->error() ? x->error() < y->error() : x < y;
   });
   std::vector<const choice*> front;
   for (choice* const c : order) {
@@ -214,17 +215,18 @@ void plot(const std::string& path, const std::vector<choice>& all, const std::ve
     const double at = error > 0 ? std::max(std::log10(error), least) : least;
     return top + height * (largest - at) / (largest - least);
   };
-  std::string svg;
-  const auto add = [&](const char* form, const auto&... values) {
+  std::string svg =
+      R"(<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 450" width="720" height="450" )"
+      R"(font-family="system-ui, sans-serif" font-size="12" fill="#24292f">)"
+      R"(<rect width="100%" height="100%" fill="#ffffff"/>)"
+      R"(<text x="20" y="24" font-size="15" font-weight="600">Grouped attention: error of the outputs against time</text>)"
+      "\n";
+  const auto add = [&](const char* form, const auto& first, const auto&... rest) {
     char text[512];
-    std::snprintf(text, sizeof text, form, values...);
+    std::snprintf(text, sizeof text, form, first, rest...);
     svg += text;
     svg += '\n';
   };
-  add(R"(<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 450" width="720" height="450" )"
-      R"(font-family="system-ui, sans-serif" font-size="12" fill="#24292f">)");
-  add(R"(<rect width="100%%" height="100%%" fill="#ffffff"/>)");
-  add(R"(<text x="20" y="24" font-size="15" font-weight="600">Grouped attention: error of the outputs against time</text>)");
   for (double error = largest; error >= least - 0.5; --error) {
     const double y = y_of(std::pow(10, error));
     add(R"(<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="#d0d7de"/>)", left, y, left + width, y);
@@ -259,7 +261,6 @@ void run(const options& o) {
   if (!o.svg.empty()) example::require_writable(o.svg);
   const example::capture in = o.capture.empty() ? made_up(o.tokens.value_or(4096)) : example::capture::read(o.capture);
   const index_t tokens = std::min(o.tokens.value_or(in.tokens()), in.tokens());
-  if (tokens == 0) throw std::invalid_argument(o.capture + ": nothing was captured");
   if (o.layer && *o.layer >= in.layers())
     throw std::invalid_argument("--layer: expected one below " + std::to_string(in.layers()));
   std::unique_ptr<Eigen::ThreadPool> pool;
@@ -272,6 +273,8 @@ void run(const options& o) {
   for (index_t layer = first; layer < end; ++layer) {
     gqa::attention(in.queries(layer, tokens), in.keys(layer, tokens), in.values(layer, tokens),
                    gqa::view(exact.data(), {1, tokens, in.q_heads(), in.dim()}), {.causal = true}, *ctx);
+    if (!std::all_of(exact.begin(), exact.end(), [](float x) { return std::isfinite(x); }))
+      throw std::runtime_error(o.capture + ": layer " + std::to_string(layer) + " gives NaN or infinity");
     for (std::size_t i = 0; i < all.size(); ++i) {
       tell.show("layer " + std::to_string(layer) + ", " + std::to_string(i + 1) + " of " + std::to_string(all.size()) +
                 ": " + all[i].name() + " ...");

@@ -255,12 +255,29 @@ TEST(GroupwiseAttention, OverACacheIsThatOverTensors) {
   }
 }
 
-// What the definitions promise of KV head 0, in double, on the oracle's weights and the library's groups. Returns the
-// sums of L1 errors of the paper's improved form and of that by log-sum-exps.
+// Outputs of the library for KV head 0 of a case with one.
+std::vector<double> outputs_of(const grouped_case<double>& c, const query_groups<double>& set, groupwise_form form,
+                               double scale, double slope) {
+  attention_options scores;
+  const std::vector<float> slopes(1, static_cast<float>(slope));
+  scores.scale = scale;
+  if (slope != 0) scores.alibi_slopes = slopes;
+  result<double> r;
+  context ctx;
+  groupwise_attention(c.queries(), c.keys(), c.values(), std::span<const query_groups<double>>(&set, 1),
+                      r.state(1, c.s, c.h, c.e), scores, {form, 4}, ctx);
+  return r.out;
+}
+
+// What the definitions promise of KV head 0, in double, on the oracle's weights and the library's groups; and the
+// library's outputs. Returns the sums of L1 errors of the paper's improved form and of that by log-sum-exps. A slope:
+// of the only head.
 std::pair<double, double> check_inequalities(const grouped_case<double>& c, const grouping_options& grouping,
-                                             double scale) {
+                                             double scale, double slope = 0) {
   const auto set = groups_of(c, grouping)[0];
-  const naive_groupwise naive{c.keys_of(0, 0, c.t), scale};
+  naive_groupwise naive{c.keys_of(0, 0, c.t), scale, slope};
+  const auto of_clustered = outputs_of(c, set, groupwise_form::clustered, scale, slope);
+  const auto of_lse = outputs_of(c, set, groupwise_form::improved_lse, scale, slope);
   const auto dim = static_cast<std::size_t>(c.d);
   row mean(dim);
   for (const row& k : naive.keys)
@@ -277,7 +294,19 @@ std::pair<double, double> check_inequalities(const grouped_case<double>& c, cons
     const double bound = 2 * std::tanh(std::abs(scale) * set.radius(j) * spread / 2);
     for (const index_t i : set.members(j)) {
       const row q = c.query(0, 0, i);
+      naive.position = static_cast<double>(c.t - c.s + i / c.h);
       const weights exact = naive.exact(q);
+      for (index_t e = 0; e < c.e; ++e) {
+        double out = 0, least = 1e300, most = -1e300;
+        for (index_t t = 0; t < c.t; ++t) {
+          const double v = c.values()(0, t, 0, e);
+          out += exact.of[static_cast<std::size_t>(t)] * v;
+          least = std::min(least, v), most = std::max(most, v);
+        }
+        const auto at = static_cast<std::size_t>(i * c.e + e);
+        EXPECT_LE(std::abs(of_clustered[at] - out), bound / 2 * (most - least) + 1e-12);
+        EXPECT_LE(std::abs(of_lse[at] - out), bound / 2 * (most - least) + 1e-12);
+      }
       const double clustered = l1(naive.shared(q, centre, groupwise_form::clustered, 0).of, exact.of);
       EXPECT_LE(clustered, bound + 1e-12);
       for (const std::size_t k : {1u, 4u, 16u}) {
@@ -316,8 +345,10 @@ TEST(GroupwiseAttention, KeepsTheInequalitiesOfItsDefinition) {
   double paper_error = 0, lse_error = 0;  // on data whose keys have an offset
   for (int round = 0; round < 2000 && !::testing::Test::HasFailure(); ++round) {
     const data_kind kind = kinds[round % 5];
-    const auto c = make_case<double>({1, 5, random.between(2, 60), 2, 1, 6, 2}, kind, random.bits(), random.uniform());
-    const auto [paper, lse] = check_inequalities(c, random_grouping(random), random.chance(0.2) ? -0.3 : 0.4);
+    const auto c = make_case<double>({1, 10, random.between(2, 60), 1, 1, 6, 2}, kind, random.bits(), random.uniform());
+    const double slope =
+        random.chance(0.3) ? std::ldexp(random.chance(0.3) ? -1 : 1, -static_cast<int>(random.between(1, 6))) : 0;
+    const auto [paper, lse] = check_inequalities(c, random_grouping(random), random.chance(0.2) ? -0.3 : 0.4, slope);
     if (kind == data_kind::key_offset) paper_error += paper, lse_error += lse;
   }
   EXPECT_LT(lse_error, paper_error);
@@ -472,6 +503,19 @@ TEST(GroupedAttention, TakesOptionsOfAttention) {
   const std::vector<index_t> all_heads{0, 6};
   o.attention.alibi_slopes = slopes, o.attention.group_offsets = all_heads;
   expect_exact(make_case<float>({1, 130, 170, 6, 1, 16, 24}, data_kind::planted, 6), o, "ALiBi and one KV head");
+}
+
+// Terms of far keys are floats: scores over double keys are off by 2^-24 of the largest of them, weights by twice that.
+TEST(GroupedAttention, HoldsTermsOfAlibiInFloats) {
+  const auto c = make_case<double>({1, 130, 170, 2, 1, 16, 4}, data_kind::planted, 6);
+  const std::vector<float> slopes{0.3f, 0.0123f};
+  auto o = small_blocks<double>(groupwise_form::improved_lse, true);
+  o.grouping.groups = 1000, o.attention.alibi_slopes = slopes;
+  const auto expected = run_oracle_on(c.queries(), c.keys(), c.values(), o.attention);
+  const auto actual = run_grouped(c, o);
+  const double bound = 2 * 0.3 * 170 * 0x1p-24 * expected.max_value;
+  for (std::size_t i = 0; i < actual.out.size(); ++i)
+    ASSERT_LE(std::abs(actual.out[i] - expected.out[i]), bound + 1e-12);
 }
 
 // Rows of a head under ALiBi differ by a number each, which no weight sees.
@@ -645,6 +689,74 @@ TEST(GroupedAttention, DoesNotDependOnThreads) {
   }
 }
 
+// A tolerance looks at some rows first: of all heads.
+TEST(GroupedAttention, RefusesBlocksBySample) {
+  const index_t s = 640, h = 4;
+  const auto alike = make_case<float>({1, s, s, h, 1, 32, 32}, data_kind::planted, 7, 0.001);
+  const auto run_with = [&](const std::vector<index_t>& heads_at_random, bool strict, context& ctx,
+                            grouped_report& report) {
+    auto c = alike;
+    rng random(3);
+    for (index_t i = 0; i < s * h; ++i) {
+      if (std::find(heads_at_random.begin(), heads_at_random.end(), i % h) == heads_at_random.end()) continue;
+      for (index_t d = 0; d < 32; ++d) c.q[static_cast<std::size_t>(i * 32 + d)] = static_cast<float>(random.normal());
+    }
+    grouped_options o;
+    o.attention.causal = true, o.block = 128, o.window = 0, o.tolerance = 0.5, o.groupwise.top_keys = 8;
+    o.strict_causal = strict;
+    result<float> grouped, exact;
+    grouped_attention(c.queries(), c.keys(), c.values(), grouped.state(1, s, h, 32), o, ctx, &report);
+    attention(c.queries(), c.keys(), c.values(), exact.state(1, s, h, 32), o.attention, ctx);
+    EXPECT_EQ(grouped == exact, report.blocks.back().exact);
+    return grouped;
+  };
+  Eigen::ThreadPool pool(3);
+  context ctx, threads(pool);
+  grouped_report report, threaded_report;
+  for (const bool strict : {false, true}) {
+    for (const std::vector<index_t>& heads :
+         {std::vector<index_t>{}, std::vector<index_t>{0}, std::vector<index_t>{1, 2, 3}, std::vector<index_t>{3}}) {
+      const auto serial = run_with(heads, strict, ctx, report);
+      EXPECT_EQ(report.blocks.back().exact, !heads.empty()) << heads.size() << ' ' << strict;
+      EXPECT_TRUE(report.blocks.front().exact);
+      const auto parallel = run_with(heads, strict, threads, threaded_report);
+      EXPECT_TRUE(serial == parallel);
+      EXPECT_EQ(report.blocks, threaded_report.blocks);
+    }
+  }
+}
+
+// Under ALiBi some heads' blocks are grouped and others of the same KV head exact.
+TEST(GroupedAttention, MixesExactAndGroupedHeads) {
+  const std::vector<float> slopes{0.0625f, 0.01f, 0.002f, -0.001f};
+  auto c = make_case<float>({1, 1024, 1024, 4, 2, 32, 32}, data_kind::planted, 7, 0.001);
+  rng random(3);
+  for (index_t i = 0; i < 1024 * 4; ++i) {
+    for (index_t d = 0; i % 4 == 1 && d < 32; ++d)
+      c.q[static_cast<std::size_t>(i * 32 + d)] = static_cast<float>(random.normal());
+  }
+  grouped_options o;
+  o.attention.causal = true, o.attention.alibi_slopes = slopes;
+  o.block = 256, o.window = 0, o.tolerance = 0.5, o.groupwise.top_keys = 4;
+  grouped_report report;
+  const auto actual = run_grouped(c, o, &report);
+  const auto expected = run_oracle_on(c.queries(), c.keys(), c.values(), o.attention);
+  for (std::size_t i = 0; i < actual.out.size(); ++i)
+    ASSERT_NEAR(static_cast<double>(actual.out[i]), expected.out[i], i / 32 % 4 == 1 ? 1e-5 : 0.25);
+  std::vector<bool> exact(4);
+  for (const block_report& b : report.blocks) {
+    if (b.query_begin == 768) exact[static_cast<std::size_t>(b.head_begin)] = b.exact;
+  }
+  EXPECT_EQ(exact, (std::vector<bool>{false, true, false, false}));
+  kv_cache<float> cache(1, 2, 1024, 32, 32);
+  cache.append(c.keys(), c.values());
+  result<float> cached;
+  Eigen::ThreadPool pool(3);
+  context threads(pool);
+  grouped_attention(c.queries(), cache, cached.state(1, 1024, 4, 32), o, threads);
+  EXPECT_TRUE(cached == actual);
+}
+
 TEST(GroupedAttention, OverACacheIsThatOverTensors) {
   const auto c = make_case<float>({2, 130, 170, 6, 2, 16, 24}, data_kind::planted, 3);
   kv_cache<float> cache(2, 2, 200, 16, 24);
@@ -702,6 +814,20 @@ TEST(GroupedAttention, ReportsWhatItDid) {
     if (b.query_begin == 120) {
       EXPECT_LT(b.products, b.exact_products);
     }
+  }
+}
+
+// Of a part of a block: rows times the near keys that they see on average, and the far ones.
+TEST(GroupedAttention, ForeseesCostsOfPartsOfBlocks) {
+  const auto c = make_case<float>({1, 10, 170, 4, 2, 16, 8}, data_kind::planted, 7, 0.01);
+  for (const bool strict : {false, true}) {
+    auto o = small_blocks<float>(groupwise_form::clustered, true);
+    o.strict_causal = strict;
+    grouped_report report;
+    run_grouped(c, o, &report);  // positions 160 to 169, in the block from 160 on
+    ASSERT_EQ(report.blocks.size(), 2u);
+    EXPECT_EQ(report.blocks[0].exact_cost, 20 * (135 + (26 + 35) / 2) * 24);
+    EXPECT_EQ(report.blocks[0].exact, strict);
   }
 }
 

@@ -158,10 +158,10 @@ void run(const options& o) {
   std::unique_ptr<Eigen::ThreadPool> pool;
   if (o.threads > 1) pool = std::make_unique<Eigen::ThreadPool>(o.threads);
   const auto ctx = pool ? std::make_unique<gqa::context>(*pool) : std::make_unique<gqa::context>();
-  llama::model model(weights, steps, *ctx, o.attention);
-  llama::sampler sample(o.temperature, o.seed);
   const llama::config& sizes = weights.sizes();
   example::capture captured(sizes.layers, sizes.q_heads, sizes.kv_heads, sizes.head_dim());
+  llama::model model(weights, steps, *ctx, o.attention);
+  llama::sampler sample(o.temperature, o.seed);
   if (!o.capture.empty()) {
     example::require_writable(o.capture);
     model.capture_to(captured);

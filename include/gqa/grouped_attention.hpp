@@ -52,8 +52,10 @@ template <class KV>
 [[nodiscard]] fault find_pooling_fault(const KV& kv, const attention_options& o) noexcept {
   bool share = kv.batch() <= 1;
   if constexpr (requires { kv.sequences_share_keys(); }) share = kv.sequences_share_keys();
+  for (index_t b = 1; b < kv.batch(); ++b) share = share && kv.length(b) == kv.length(0);
   if (!share)
-    return make_fault(errc::option, "options.pool_batch: expected keys and values that all sequences share (stride 0)");
+    return make_fault(errc::option,
+                      "options.pool_batch: expected keys and values that all sequences share (stride 0), and as many");
   const auto are_equal = [](const auto& x) {
     return std::adjacent_find(x.begin(), x.end(), std::not_equal_to<>()) == x.end();
   };

@@ -18,7 +18,8 @@ namespace gqa {
 /// are far and seen by groups.
 struct grouped_options {
   /// scale, causal, offsets, softcap or alibi_slopes, sinks, kv_lengths, group_offsets; no others. With alibi_slopes
-  /// rows are grouped within each head, else those of all heads of a KV head together.
+  /// rows are grouped within each head, else those of all heads of a KV head together; the slopes' terms of far keys
+  /// are floats, over double keys, too: off by up to 2^-24 of themselves.
   attention_options attention = {};
   index_t block = 256;               ///< positions a block
   index_t window = 256;              ///< near keys before a block
@@ -32,8 +33,8 @@ struct grouped_options {
   /// bit. Without it a row's group may follow later queries of its own block, never later keys.
   bool strict_causal = {};
   /// Also rows of different sequences are grouped, which must share their keys: a batch of keys and values with a
-  /// stride of 0, equal lengths and offsets. A row then depends on the others of its batch. For decode, where a
-  /// sequence by itself has few rows.
+  /// stride of 0, equal lengths and offsets. A row then depends on the others of its batch, and a KV head's
+  /// block is one worker's task. For decode, where a sequence by itself has few rows.
   bool pool_batch = {};
   bool always_group = {};  ///< also where the cost model says that the exact kernel is faster
 };

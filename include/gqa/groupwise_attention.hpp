@@ -139,7 +139,7 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     if (watch.failed()) return;
     for (index_t i = 0; i < n; ++i) {
       const auto [at_b, s, h] = rows.at(i);
-      const A row_term = terms.template at<A>(p.query_offset(b, keys) + s);
+      const A row_term = terms.template of_row<A>(p.query_offset(b, keys) + s);
       p.out.store_finished(at_b, s, h, shape.value_dim, results + i * shape.value_dim, lse[i] + row_term);
     }
   });
@@ -157,7 +157,8 @@ inline namespace GQA_ISA {
 /// \param scores   scale, softcap, alibi_slopes, kv_lengths, group_offsets; query offsets mean something beside
 ///                 alibi_slopes only; sinks belong to a merge
 /// \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit
-/// Cost: detail/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a time.
+/// Cost: detail/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a time;
+/// with alibi_slopes once for each of its query heads.
 template <tensor_like Q, kv_source KV, class T, class A>
 void groupwise_attention(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, const partial_state<T>& out,
                          const attention_options& scores, const groupwise_options& options, context& ctx) {

@@ -2,10 +2,10 @@
 /// \file
 /// Query groups: a partition of rows of queries that are alike, what stands for each part, and how to ask for one.
 ///
-/// Rows are the pooled queries of a KV group: all of its heads and some positions, [n, D]; they see the same keys. A
-/// group has a representative and a radius, the largest distance of a member from it. The radius bounds what grouping
-/// costs: if all keys lie within R of a point, scores of two rows that are r apart differ by at most
-/// delta = |scale| r R, but for what a softmax does not see, and their attention weights by 2 tanh(delta / 2) in all.
+/// Rows are pooled queries that see the same keys: some positions of all heads of a KV head, or of one, [n, D]. A group
+/// has a representative and a radius, the largest distance of a member from it. The radius bounds what grouping costs:
+/// if all keys lie within R of a point, scores of two rows that are r apart differ by at most delta = |scale| r R, but
+/// for what a softmax does not see, and their attention weights by 2 tanh(delta / 2) in all.
 #pragma once
 
 #include <algorithm>

@@ -4,7 +4,7 @@
 ///
 /// slope (t - p) = slope (t - origin) + slope (origin - p): the first part is a bias of the keys, the same for all rows
 /// of the head; the second is one number a row, which its weights do not see and its log-sum-exp takes. The origin is
-/// the key of the largest term, so that terms are as small as they can be where weights are large.
+/// the last key or the first, whichever has the larger term: no term is above 0, and those of large weights are small.
 ///
 /// Terms are floats, as biases are: exact where the slope is a power of two and distances are below 2^24, else within
 /// 2^-24 of themselves.
@@ -22,7 +22,7 @@ class alibi_terms {
  public:
   /// No ALiBi.
   alibi_terms() noexcept = default;
-  /// Of keys [0, keys), written to `memory`, of which the last is `last` at most where the slope is not negative.
+  /// Of keys [0, keys), written to `memory`; `last` is the last of them that is attended to.
   alibi_terms(float slope, index_t last, index_t keys, float* memory) noexcept
       : slope_(slope), origin_(slope < 0 ? 0 : last), terms_(memory) {
     for (index_t t = 0; t < keys; ++t) memory[t] = static_cast<float>(slope_ * static_cast<double>(t - origin_));
@@ -40,7 +40,7 @@ class alibi_terms {
   }
   /// What the log-sum-exp of a query at `position` lacks.
   template <class A>
-  [[nodiscard]] A at(index_t position) const noexcept {
+  [[nodiscard]] A of_row(index_t position) const noexcept {
     return static_cast<A>(slope_ * static_cast<double>(origin_ - position));
   }
 

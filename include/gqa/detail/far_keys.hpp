@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -59,13 +60,13 @@ template <class Problem>
   return pools;
 }
 
-/// Of those rows `count`, evenly spread, in accumulators.
+/// Of those rows `count`, spread over all of them and over their heads in turn, in accumulators.
 template <class A>
 [[nodiscard]] point_rows<A> sample_queries(const query_rows<A, A>& q, index_t dim, const row_block& rows, index_t count,
                                            A* to) noexcept {
-  const index_t stride = round_up(dim, 16), step = count == 0 ? 0 : rows.size() / count;
+  const index_t stride = round_up(dim, 16), step = count == 0 ? 1 : rows.size() / count;
   for (index_t i = 0; i < count; ++i) {
-    const auto [b, s, h] = rows.at(i * step);
+    const auto [b, s, h] = rows.at(i * rows.size() / count + i % step);
     q.load(b, s, h, dim, 1, to + i * stride);
   }
   return {to, count, dim, stride};
@@ -142,21 +143,19 @@ void for_each_key(const Head& head, const key_interval& seen, index_t end, const
   using A = accumulator_t<typename Head::panel_element>;
   std::vector<A> key(static_cast<std::size_t>(head.head_dim()));
   std::vector<typename Head::panel_element> scratch(static_cast<std::size_t>(head.scratch_elements()));
-  const auto for_each_in_tile = [&](index_t first, const auto& read) {
-    const std::uint64_t bits = seen.visible_bits(position{0, 0, 0, first}) & bits_between(0, end - first);
-    for (index_t t = 0; t < tile_tokens; ++t) {
-      if ((bits >> t & 1) != 0) read(t), f(key.data());
-    }
-  };
   for (index_t first = 0; first < end; first += tile_tokens) {
+    const std::uint64_t bits = seen.visible_bits(position{0, 0, 0, first}) & bits_between(0, end - first);
+    if (bits == 0) continue;
+    const auto for_each_seen = [&](const auto& read) {
+      for (std::uint64_t left = bits; left != 0; left &= left - 1) read(std::countr_zero(left)), f(key.data());
+    };
     if constexpr (has_rows_in_memory<Head>) {
-      for_each_in_tile(first, [&](index_t t) { read_token(head, first + t, key.data(), key.data(), 0); });
+      for_each_seen([&](index_t t) { read_token(head, first + t, key.data(), key.data(), 0); });
     } else {
       const index_t tokens = std::min(tile_tokens, end - first);
       const auto tile = head.tile(0, 0, first / tile_tokens, tokens, scratch.data());
-      for_each_in_tile(first, [&](index_t t) {
-        read_token_of(tile, t, head.head_dim(), head.value_dim(), key.data(), key.data(), 0);
-      });
+      for_each_seen(
+          [&](index_t t) { read_token_of(tile, t, head.head_dim(), head.value_dim(), key.data(), key.data(), 0); });
     }
   }
 }
@@ -177,11 +176,23 @@ template <class Head>
     for (std::size_t d = 0; d < sum.size(); ++d)
       centre[d] = static_cast<A>(sum[d] / static_cast<double>(std::max<index_t>(count, 1)));
   }
-  A largest{0};
-  for_each_key(head, seen, end,
-               [&](const A* key) { largest = std::max(largest, squared_distance(key, centre.data(), dim)); });
+  double largest = 0;
+  for_each_key(head, seen, end, [&](const A* key) {
+    largest = std::max(largest, static_cast<double>(squared_distance(key, centre.data(), dim)));
+  });
+  if (!(largest > 1e-25 && largest < 1e35)) {  // squares may have left the range of floats
+    largest = 0;
+    for_each_key(head, seen, end, [&](const A* key) {
+      double sum = 0;
+      for (index_t d = 0; d < dim; ++d) {
+        const double x = static_cast<double>(key[d]) - static_cast<double>(centre[static_cast<std::size_t>(d)]);
+        sum += x * x;
+      }
+      largest = std::max(largest, sum);
+    });
+  }
   const double error = (static_cast<double>(dim) + 3) * static_cast<double>(std::numeric_limits<A>::epsilon());
-  return std::sqrt(static_cast<double>(largest)) * (1 + error);
+  return std::sqrt(largest) * (1 + error);
 }
 
 }  // namespace GQA_ISA

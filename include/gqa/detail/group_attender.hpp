@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// Group-wise attention of the pooled rows of one KV head: representatives attend, members share what they find.
+/// Group-wise attention of pooled rows over one KV head: representatives attend, members share what they find.
 ///
 /// For a group with representative c and the keys T of its k highest scores, member i has
 ///     the state of T, exact:                       (o_Ti, lse_Ti)

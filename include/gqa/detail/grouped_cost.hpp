@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// What a block of grouped attention costs, in multiply-adds of the exact kernel: a model by times on Zen 4.
+/// What a block of grouped attention costs, in multiply-adds of the exact kernel.
+///
+/// A model: counts of multiply-adds, of gathered and copied elements, each weighed by what it took beside one of the
+/// exact kernel's on Zen 4. grouped_bench and gqa_tuner print what it foresees beside what they measure.
 #pragma once
 
 #include <algorithm>

@@ -5,8 +5,8 @@
 /// Blocks for which groups cannot pay, by their shape, are runs of queries for the exact kernel. The others are tasks,
 /// one a (sequence, KV head, block), each the five steps in a row: define groups, attend group-wise to the far keys,
 /// attend to the near ones, combine, write. (With ALiBi one a query head; sequences that share keys may be one.) What
-/// they read of far keys is packed beforehand, for some KV heads at a
-/// time, into a cache, with [v | k] as its values where the form needs the mean of keys.
+/// they read of far keys is packed beforehand, for some KV heads at a time, into a cache, with [v | k] as its values
+/// where the form needs the mean of keys.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,8 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Rows of a block that tell whether a cover of all is worth its time: it is not if more than half of them differ.
+/// Rows of a block that tell whether a tolerance is worth a cover of all: not if they take more groups than pay, or
+/// than half as many as they are.
 inline constexpr index_t sampled_rows = 128;
 
 template <class Q, class KV, class Out>
@@ -117,12 +118,16 @@ class grouped_runner {
     return options_.attention.causal ? k.near.end : k.keys;
   }
 
-  [[nodiscard]] grouped_cost cost_of(const block& k) const noexcept {
-    // Under a causal edge half of a block's own keys are seen.
-    const index_t own = options_.attention.causal ? std::min(options_.block, k.near.size()) : 0;
-    return {options_,
-            {planned_rows(k), k.near.size() - own / 2, far_keys(k), problem_.shape.head_dim, problem_.shape.value_dim}};
+  [[nodiscard]] grouped_cost cost_of(const block& k, index_t rows) const noexcept {
+    // Under a causal edge the keys of rows between the first and the last grow evenly.
+    const auto near_of = [&](index_t s) {
+      const index_t end = offset(k.b()) + s + 1;
+      return options_.attention.causal ? std::clamp(end, k.near.begin, k.near.end) - k.near.begin : k.near.size();
+    };
+    const index_t near = (near_of(k.begin()) + near_of(k.end() - 1)) / 2;
+    return {options_, {rows, near, far_keys(k), problem_.shape.head_dim, problem_.shape.value_dim}};
   }
+  [[nodiscard]] grouped_cost planned_cost(const block& k) const noexcept { return cost_of(k, planned_rows(k)); }
 
   void list_blocks() {
     const index_t together = options_.pool_batch ? problem_.shape.batch : 1;
@@ -137,7 +142,7 @@ class grouped_runner {
         for (const auto& [g, heads] : pools_) {
           block k{g, {{b, b + together}, {begin, end}, heads}, near, keys, false, blocks_.size(), 0};
           const bool has_groups = !options_.strict_causal || begin > 0;
-          const grouped_cost cost = cost_of(k);
+          const grouped_cost cost = planned_cost(k);
           const index_t groups = grouped_cost::covers(options_) ? 1 : cost.wanted_groups();
           k.exact = k.rows.size() == 0 || far_keys(k) <= 0 || !has_groups || !cost.pays(groups, 0);
           blocks_.push_back(k);
@@ -242,11 +247,7 @@ class grouped_runner {
 
   void run_grouped() {
     workers_.resize(static_cast<std::size_t>(ctx_.concurrency()));
-    context* const contexts = ctx_.detail_workers();
-    ctx_.for_each(static_cast<index_t>(blocks_.size()), [&](index_t n, index_t worker) {
-      block& k = blocks_[static_cast<std::size_t>(n)];
-      k.exact = k.exact || !is_promising(k, workers_[static_cast<std::size_t>(worker)], contexts[worker]);
-    });
+    if (options_.tolerance || report_ != nullptr) look_at_blocks();
     std::vector<block*> work;
     for (block& k : blocks_) {
       if (!k.exact) work.push_back(&k);
@@ -291,18 +292,36 @@ class grouped_runner {
     return end;
   }
 
-  /// Before anything is packed: whether a tolerance may be kept by groups that pay. A sample of the rows tells at
-  /// little cost whether they group at all.
-  bool is_promising(block& k, worker_state& own, context& ctx) {
-    if (options_.tolerance || report_ != nullptr) k.reach = reach_of(k);
+  /// Before anything is packed: how far scores reach, and which blocks a tolerance leaves to the exact kernel.
+  void look_at_blocks() {
+    std::vector<std::pair<std::size_t, std::size_t>> runs;  // of blocks that see the same keys
+    for (std::size_t first = 0, end = 0; first < blocks_.size(); first = end) {
+      const auto has_keys_of_first = [&](const block& k) {
+        return k.b() == blocks_[first].b() && k.g == blocks_[first].g && k.begin() == blocks_[first].begin();
+      };
+      while (end < blocks_.size() && has_keys_of_first(blocks_[end])) ++end;
+      const bool is_needed = std::any_of(&blocks_[first], &blocks_[0] + end, [](const block& k) { return !k.exact; });
+      if (is_needed) runs.emplace_back(first, end);
+    }
+    context* const contexts = ctx_.detail_workers();
+    ctx_.for_each(static_cast<index_t>(runs.size()), [&](index_t n, index_t worker) {
+      const auto [first, end] = runs[static_cast<std::size_t>(n)];
+      const double reach = reach_of(blocks_[first]);
+      for (std::size_t i = first; i < end; ++i) {
+        blocks_[i].reach = reach;
+        if (!blocks_[i].exact)
+          blocks_[i].exact = !is_promising(blocks_[i], workers_[static_cast<std::size_t>(worker)], contexts[worker]);
+      }
+    });
+  }
+  /// Whether a tolerance may be kept by groups that pay. A sample of the rows tells at little cost.
+  bool is_promising(const block& k, worker_state& own, context& ctx) {
     const row_block rows = options_.strict_causal ? rows_before(k) : k.rows;
     if (!options_.tolerance || options_.always_group || rows.size() <= sampled_rows) return true;
     const error_watch watch;
     context& calls = ctx.detail_workers()[0];
-    carver take(nullptr);
-    A* memory;
-    take(memory, sampled_rows * round_up(problem_.shape.head_dim, 16));
-    memory = reinterpret_cast<A*>(ctx.detail_scratch(take.used()));
+    const auto elements = static_cast<std::size_t>(sampled_rows * round_up(problem_.shape.head_dim, 16));
+    A* const memory = reinterpret_cast<A*>(ctx.detail_scratch(elements * sizeof(A)));
     if (memory == nullptr) return fail();
     grouping_options o = grouping_of(k);
     o.groups = std::min(o.groups, sampled_rows / 2);
@@ -350,7 +369,7 @@ class grouped_runner {
     group_attender<A> attender(x, own.groups, dims, options_.groupwise, sharing, memory);
     // Nothing about a block of a strict call is decided by all of its rows.
     const auto found = attender.counts();
-    if (!options_.strict_causal && !cost_of(k).pays(found.groups, found.alone)) return false;
+    if (!options_.strict_causal && !planned_cost(k).pays(found.groups, found.alone)) return false;
 
     // 2. Group-wise attention to the far keys.
     if (!own.top)
@@ -402,7 +421,7 @@ class grouped_runner {
   }
   [[nodiscard]] grouping_options grouping_of(const block& k) const noexcept {
     grouping_options o = options_.grouping;
-    o.groups = cost_of(k).wanted_groups();
+    o.groups = planned_cost(k).wanted_groups();
     if (options_.tolerance) o.method = grouping_method::cover;
     if (options_.tolerance) o.radius = largest_radius(k.reach);
     return o;
@@ -435,7 +454,7 @@ class grouped_runner {
     // Those of rows that are not finite cannot be compared with.
     index_t count = own.before.size();
     while (count > 0 && own.before.radius(count - 1) == std::numeric_limits<A>::infinity()) --count;
-    if (count == 0 || !cost_of(k).pays(count, 0)) return false;
+    if (count == 0 || !planned_cost(k).pays(count, 0)) return false;
     grouping_options o;
     o.groups = count;
     o.radius = options_.tolerance ? largest_radius(k.reach) : std::numeric_limits<double>::infinity();
@@ -490,7 +509,7 @@ class grouped_runner {
     for (index_t i = 0; i < k.rows.size(); ++i) {
       const auto [b, s, h] = k.rows.at(i);
       const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(h)]);
-      const A far_lse = scratch.far_lse[i] + terms.template at<A>(offset(b) + s);
+      const A far_lse = scratch.far_lse[i] + terms.template of_row<A>(offset(b) + s);
       const A lse = merge_finished<A>(
           {{scratch.near + i * dim, scratch.near_lse[i]}, {scratch.far + i * dim, far_lse}, {nullptr, sink}}, dim,
           scratch.row);
@@ -503,7 +522,8 @@ class grouped_runner {
     r.batch = k.b(), r.sequences = k.rows.sequences.size(), r.kv_head = k.g;
     r.head_begin = k.rows.heads.begin, r.head_end = k.rows.heads.end;
     r.query_begin = k.begin(), r.query_end = k.end();
-    r.cost = r.exact_cost = cost_of(k).of_exact() + cost_of(k).of_near();
+    const grouped_cost cost = cost_of(k, k.rows.size());
+    r.cost = r.exact_cost = cost.of_exact() + cost.of_near();
     return r;
   }
   void describe(const block& k, const query_groups<A>& groups, const group_attender<A>& attender) {
@@ -514,12 +534,13 @@ class grouped_runner {
     r.products = counts.products;
     r.exact_products = static_cast<double>(k.rows.size()) * static_cast<double>(far_keys(k)) *
                        static_cast<double>(problem_.shape.head_dim + problem_.shape.value_dim);
-    r.cost = cost_of(k).of_groups(counts.groups, counts.alone) + cost_of(k).of_near();
+    const grouped_cost cost = cost_of(k, k.rows.size());
+    r.cost = cost.of_groups(counts.groups, counts.alone) + cost.of_near();
     index_t sharing = 0;
     attender.for_each_shared([&](index_t j, double retained) {
       const auto members = static_cast<index_t>(groups.members(j).size());
       const auto radius = static_cast<double>(groups.radius(j));
-      r.shared.push_back({members, radius, retained, 2 * std::tanh(k.reach * radius / 2)});
+      r.shared.push_back({members, radius, retained, radius == 0 ? 0 : 2 * std::tanh(k.reach * radius / 2)});
       r.largest_radius = std::max(r.largest_radius, radius);
       r.error_bound = std::max(r.error_bound, r.shared.back().error_bound);
       r.retained_mass += static_cast<double>(members) * retained;

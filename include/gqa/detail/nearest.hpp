@@ -32,7 +32,8 @@ struct point_rows {
   [[nodiscard]] const A* row(index_t i) const noexcept { return at + i * stride; }
 };
 
-/// |x - y|^2: sums over lanes, then over the lanes of a packet. Its relative error is at most (dim + 2) eps.
+/// |x - y|^2: sums over lanes, then over the lanes of a packet. Its relative error is at most (dim + 2) eps,
+/// as far as squares stay within the range of A.
 template <class A>
 [[nodiscard]] A squared_distance(const A* x, const A* y, index_t dim) noexcept {
   constexpr index_t width = packet_size<A>;

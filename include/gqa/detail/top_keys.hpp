@@ -100,7 +100,9 @@ void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows,
         score_tile(tile, q + row * q_stride, q_stride, kv.head_dim(), count, s);
         for (index_t r = 0; r < count; ++r) {
           A* const scores = s + r * tile_tokens;
-          for (index_t t = 0; t < tokens && !terms.empty(); ++t) scores[t] += static_cast<A>(terms[first + t]);
+          if (!terms.empty()) {
+            for (index_t t = 0; t < tokens; ++t) scores[t] += static_cast<A>(terms[first + t]);
+          }
           best[static_cast<std::size_t>(row - begin + r)].take(scores, visible, first);
         }
       }
