@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A LLaMA-like transformer in about a hundred lines: RMSNorm, RoPE, grouped-query attention, SwiGLU. Matrix products
-// are Eigen's, attention is gqa's, and keys and values lie in its caches, one a layer.
+// are Eigen's, attention and rotary embedding are gqa's, and keys and values lie in its caches, one a layer.
 #pragma once
 
 #include <gqa/gqa.hpp>
@@ -13,7 +13,6 @@
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../capture.hpp"
@@ -34,16 +33,14 @@ class model {
  public:
   // Room for `positions` tokens of one sequence. The checkpoint and the context must outlive the model.
   model(const checkpoint& from, int positions, gqa::context& ctx, const attention_choice& attention = {})
-      : from_(from), sizes_(from.sizes()), positions_(positions), ctx_(ctx), attention_(attention) {
+      : from_(from),
+        sizes_(from.sizes()),
+        positions_(positions),
+        ctx_(ctx),
+        attention_(attention),
+        rope_(sizes_.head_dim()) {
     attention_.grouped.attention.causal = true;
     for (int l = 0; l < sizes_.layers; ++l) caches_.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
-    const int pairs = sizes_.head_dim() / 2;
-    for (int p = 0; p < positions; ++p) {
-      for (int i = 0; i < pairs; ++i) {
-        const double angle = p * std::pow(10000.0, -2.0 * i / sizes_.head_dim());
-        rotations_.emplace_back(static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle)));
-      }
-    }
   }
 
   // Tokens seen so far.
@@ -85,14 +82,13 @@ class model {
     multiply(normal_, w.q, queries_);
     multiply(normal_, w.k, keys_);
     multiply(normal_, w.v, values_);
-    rotate(queries_);
-    rotate(keys_);
-
+    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim(), first = length_;
+    rope_.rotate(gqa::view(queries_.data(), {1, n, heads, d}), std::span(&first, 1), ctx_);
+    rope_.rotate(gqa::view(keys_.data(), {1, n, kv_heads, d}), std::span(&first, 1), ctx_);
     if (capture_ != nullptr) capture_->append(l, queries_.data(), keys_.data(), values_.data(), n);
 
     const auto start = std::chrono::steady_clock::now();
     mixed_.resize(n, sizes_.dim);
-    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
     gqa::kv_cache<float>& cache = caches_[static_cast<std::size_t>(l)];
     cache.append(gqa::view(keys_.data(), {1, n, kv_heads, d}), gqa::view(values_.data(), {1, n, kv_heads, d}));
     const auto q = gqa::view(queries_.data(), {1, n, heads, d}), out = gqa::view(mixed_.data(), {1, n, heads, d});
@@ -136,21 +132,6 @@ class model {
     }
   }
 
-  // Rotary embedding of rows at positions length_, length_ + 1, ...: neighbours (2i, 2i + 1) turn together.
-  template <class Rows>
-  void rotate(Rows& x) const {
-    const Eigen::Index pairs = sizes_.head_dim() / 2;
-    for (Eigen::Index i = 0; i < x.rows(); ++i) {
-      const auto* const turns = rotations_.data() + (length_ + i) * pairs;
-      for (Eigen::Index pair = 0; pair < x.cols() / 2; ++pair) {
-        const auto [cosine, sine] = turns[pair % pairs];
-        const float a = x(i, 2 * pair), b = x(i, 2 * pair + 1);
-        x(i, 2 * pair) = a * cosine - b * sine;
-        x(i, 2 * pair + 1) = a * sine + b * cosine;
-      }
-    }
-  }
-
   // y [n, out] = x [n, in] * w [out, in]^T, divided among the context's workers by blocks of outputs.
   template <class Result>
   void multiply(const matrix& x, const weights& w, Result& y) {
@@ -171,8 +152,8 @@ class model {
   gqa::context& ctx_;
   attention_choice attention_;
   example::capture* capture_ = nullptr;
-  std::vector<gqa::kv_cache<float>> caches_;        // a layer each
-  std::vector<std::pair<float, float>> rotations_;  // [positions, head_dim / 2]: cosine, sine
+  gqa::rope rope_;
+  std::vector<gqa::kv_cache<float>> caches_;  // a layer each
   matrix x_, normal_, queries_, keys_, values_, mixed_, branch_, gate_, up_, logits_;
   int length_ = 0;
   double attention_seconds_ = 0;

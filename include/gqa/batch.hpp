@@ -21,6 +21,7 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/rows.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
@@ -42,33 +43,15 @@ struct batch_options {
 
 namespace detail {
 
-/// Rows of a ragged batch: [total_q, H, D].
 template <class T>
-inline constexpr bool is_view_3d = false;
-template <class T>
-inline constexpr bool is_view_3d<tensor_view<T, 3>> = true;
-template <class T>
-concept batch_tensor = is_view_3d<std::remove_cvref_t<T>> || tensor_like<T>;
-
-/// The same as the one batch of a rank-4 view, which has no stride.
-template <batch_tensor T>
-[[nodiscard]] constexpr auto as_rows(T&& rows) {
-  if constexpr (is_view_3d<std::remove_cvref_t<T>>) {
-    using element = typename std::remove_cvref_t<T>::element_type;
-    return tensor_view<element, 4>(rows.data(), {1, rows.extent(0), rows.extent(1), rows.extent(2)},
-                                   {0, rows.stride(0), rows.stride(1), rows.stride(2)});
-  } else {
-    return without_idle_strides(as_view(std::forward<T>(rows)));
-  }
-}
-template <class T>
-concept batch_output = output_state<T> ||(batch_tensor<T>&& requires(T&& rows) {
+concept rows_output = output_state<T> ||(rows_like<T>&& requires(T&& rows) {
   requires !std::is_const_v<typename decltype(as_rows(std::forward<T>(rows)))::element_type>;
 });
 
 inline namespace GQA_ISA {
 
-[[nodiscard]] inline fault find_offsets_fault(const ragged_rows& ragged, index_t total, index_t sequences) noexcept {
+template <class KV>
+[[nodiscard]] fault find_offsets_fault(const ragged_rows& ragged, index_t total, const KV& kv) noexcept {
   const std::span<const index_t> offsets = ragged.q_offsets;
   if (offsets.size() != ragged.sequences.size() + 1)
     return make_fault(errc::shape, "q_offsets: expected %zu entries (one more than sequences), got %zu",
@@ -83,9 +66,11 @@ inline namespace GQA_ISA {
   }
   for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
     const auto id = static_cast<index_t>(ragged.sequences[n]);
-    if (id < 0 || id >= sequences)
-      return make_fault(errc::range, "sequences[%zu]: expected 0 to %lld, got %lld", n, printable(sequences - 1),
-                        printable(id));
+    bool is_there = id >= 0 && id < kv.batch();
+    if constexpr (requires { kv.has_sequence(id); }) is_there = is_there && kv.has_sequence(id);
+    if (!is_there)
+      return make_fault(errc::range, "sequences[%zu]: expected one of the source's %lld, got %lld", n,
+                        printable(kv.batch()), printable(id));
   }
   return {};
 }
@@ -124,7 +109,7 @@ template <class Q, class KV, class Out>
   const operand queries = describe("q", q), out = describe("out", output_view(out_or_state));
   const call_shape of_rows{1, q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()};
   if (const auto f = find_shape_fault(queries, out, of_rows)) return f;
-  if (const auto f = find_offsets_fault(ragged, q.extent(1), kv.batch())) return f;
+  if (const auto f = find_offsets_fault(ragged, q.extent(1), kv)) return f;
   if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
     return make_fault(errc::option,
                       "options.common: expected no mask, bias or query_offsets, which a ragged batch has one by one");
@@ -191,7 +176,7 @@ inline namespace GQA_ISA {
 /// \param out        [total_q, H, E] likewise, or a partial_state of [1, total_q, H, E]
 /// \throws error     as attention() does, and (errc::range, errc::shape) for offsets and sequences that do not fit
 /// Cost: as the calls one by one, but for what threads wait; a new plan takes some 20 ns a sequence.
-template <detail::batch_tensor Q, kv_source KV, detail::batch_output Out>
+template <detail::rows_like Q, kv_source KV, detail::rows_output Out>
 void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                      Out&& out, const batch_options& options, context& ctx) {
   const auto rows = detail::as_rows(std::forward<Q>(q));

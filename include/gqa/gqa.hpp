@@ -22,10 +22,12 @@
 #include <gqa/local_masks.hpp>          // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
 #include <gqa/openmp.hpp>               // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
+#include <gqa/paged_kv_cache.hpp>    // paged_kv_cache: one pool of pages for all layers, forks that share them
 #include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables
 #include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance
 #include <gqa/query_groups.hpp>      // query_groups, grouping_options
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline
+#include <gqa/rope.hpp>              // rope: rotary position embedding, with linear, NTK, YaRN and Llama 3 scaling
 #include <gqa/state.hpp>             // partial_state, merge(), merge_many()
 #include <gqa/tensor_view.hpp>       // tensor_view, view() and view_as() of raw memory
 #include <gqa/variants.hpp>          // attention_variant: your own scores and masks

@@ -14,13 +14,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
-#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/memory_piece.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
@@ -52,7 +52,7 @@ class kv_cache {
     kv_cache(std::move(other)).swap(*this);
     return *this;
   }
-  ~kv_cache() { release(); }
+  ~kv_cache() = default;
 
   /// Appends t tokens to every sequence, rounded to nearest even.
   /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float; t >= 0, sequences may differ in length
@@ -122,7 +122,7 @@ class kv_cache {
   void swap(kv_cache& other) noexcept {
     std::swap(batch_, other.batch_), std::swap(kv_heads_, other.kv_heads_), std::swap(capacity_, other.capacity_);
     std::swap(head_dim_, other.head_dim_), std::swap(value_dim_, other.value_dim_);
-    std::swap(memory_, other.memory_), std::swap(tiles_, other.tiles_);
+    memory_.swap(other.memory_), std::swap(tiles_, other.tiles_);
     std::swap(lengths_, other.lengths_), std::swap(nonfinite_, other.nonfinite_);
   }
 
@@ -156,17 +156,13 @@ class kv_cache {
   }
   [[nodiscard]] std::size_t bytes() const noexcept {
     return tiles_bytes() + static_cast<std::size_t>(batch_) * sizeof(index_t) +
-           static_cast<std::size_t>(tile_index(batch_, 0, 0)) + alignment;
+           static_cast<std::size_t>(tile_index(batch_, 0, 0)) + detail::memory_piece::alignment;
   }
   [[nodiscard]] detail::fault build(index_t batch, index_t kv_heads, index_t capacity, index_t head_dim,
                                     index_t value_dim, std::pmr::memory_resource* memory) noexcept;
-  [[nodiscard]] std::byte* allocate() const noexcept;
-  void release() noexcept;
-
-  static constexpr std::size_t alignment = 64;  // panels start on cache lines
 
   index_t batch_ = 0, kv_heads_ = 0, capacity_ = 0, head_dim_ = 1, value_dim_ = 1;
-  std::pmr::memory_resource* memory_ = nullptr;
+  detail::memory_piece memory_;
   T* tiles_ = nullptr;
   index_t* lengths_ = nullptr;         // [batch]
   std::uint8_t* nonfinite_ = nullptr;  // [batch][kv head][tile]: bit i, panel i may hold a value that is not finite
@@ -204,8 +200,7 @@ detail::fault kv_cache<T>::build(index_t batch, index_t kv_heads, index_t capaci
   if (estimate < size(detail::position_limit / 16)) {  // so that no product below overflows
     batch_ = batch, kv_heads_ = kv_heads, capacity_ = capacity;
     head_dim_ = head_dim, value_dim_ = value_dim;
-    memory_ = memory;
-    tiles_ = reinterpret_cast<T*>(allocate());
+    if (memory_.allocate(bytes(), memory)) tiles_ = reinterpret_cast<T*>(memory_.data());
   }
   if (tiles_ == nullptr)
     return detail::make_fault(errc::capacity, "kv_cache: expected memory for some %.3g bytes, got none", estimate);
@@ -214,31 +209,6 @@ detail::fault kv_cache<T>::build(index_t batch, index_t kv_heads, index_t capaci
   clear();
   std::fill_n(nonfinite_, tile_index(batch, 0, 0), std::uint8_t{0});
   return {};
-}
-
-template <class T>
-std::byte* kv_cache<T>::allocate() const noexcept {
-  if (memory_ == nullptr)
-    return static_cast<std::byte*>(::operator new (bytes(), std::align_val_t{alignment}, std::nothrow));
-#ifdef GQA_NO_EXCEPTIONS
-  return static_cast<std::byte*>(memory_->allocate(bytes(), alignment));
-#else
-  try {
-    return static_cast<std::byte*>(memory_->allocate(bytes(), alignment));
-  } catch (...) {  // told as a capacity error
-    return nullptr;
-  }
-#endif
-}
-
-template <class T>
-void kv_cache<T>::release() noexcept {
-  if (tiles_ == nullptr) return;
-  if (memory_ == nullptr) {
-    ::operator delete (static_cast<void*>(tiles_), std::align_val_t{alignment});
-  } else {
-    memory_->deallocate(tiles_, bytes(), alignment);
-  }
 }
 
 template <class T>

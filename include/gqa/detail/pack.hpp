@@ -23,19 +23,20 @@ inline namespace GQA_ISA {
 /// over cold memory, twice of it gains nothing.
 inline constexpr index_t prefetch_tokens = panel_tokens;
 
-/// Tokens [begin, end) of a panel.
+/// Tokens [begin, end) of a panel. A panel that `starts` has zeros for all other tokens; else those stay as they are.
 struct panel_range {
   index_t begin, end;
+  bool starts = begin == 0;
 };
 
 /// Keys: row i of `rows` [end - begin, dim], `stride` elements apart, becomes token begin + i of a panel
-/// [dim/p][16][p]. A panel that starts, begin == 0, has zeros for all other tokens.
+/// [dim/p][16][p].
 template <class P, class T>
 void pack_key_panel(const T* rows, index_t stride, panel_range tokens, index_t dim, P* panel) noexcept {
   using A = accumulator_t<P>;
   constexpr index_t width = packet_size<A>, p = lane_elements<P>;
   const bool whole = tokens.begin == 0 && tokens.end == panel_tokens;
-  if (tokens.begin == 0 && (!whole || dim % p != 0)) std::fill_n(panel, key_panel_elements<P>(dim), P(0));
+  if (tokens.starts && (!whole || dim % p != 0)) std::fill_n(panel, key_panel_elements<P>(dim), P(0));
   const index_t square_dim = whole && width % p == 0 ? dim / width * width : 0;
   for (index_t d = 0; d < square_dim; d += width) {
     for (index_t t = 0; t < panel_tokens; t += width) {
@@ -65,7 +66,7 @@ template <class P, class T>
   using A = accumulator_t<P>;
   constexpr index_t width = packet_size<A>, p = lane_elements<P>;
   const index_t padded = padded_value_dim(dim);
-  if (tokens.begin == 0 && (tokens.end < panel_tokens || padded > dim)) std::fill_n(panel, panel_tokens * padded, P(0));
+  if (tokens.starts && (tokens.end < panel_tokens || padded > dim)) std::fill_n(panel, panel_tokens * padded, P(0));
   // + 0 * x: stays 0 over finite values, becomes NaN for good over others. Four, for one would be a chain of latencies.
   packet<A> probes[4] = {zeros<A>(), zeros<A>(), zeros<A>(), zeros<A>()};
   A tail_probe{0};

@@ -1,0 +1,453 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// paged_kv_cache: the keys and values of many sequences in one pool of pages, for all layers of a model.
+///
+/// A sequence is a table of pages; pages are shared by forks, and copied when one of those that share them writes. A
+/// token's rows lie in the order the kernels read them, so a tile of 64 tokens is four panels of 16 in up to four
+/// pages, read in place. A row has the bits that a kv_cache gives it, whatever the pages' order and sharing.
+///
+/// Memory: [page][layer][kv head][64 tokens of a page: keys, then values], page_size (D' + E') elements a page, layer
+/// and head (D', E': kv_cache.hpp); all of it from one allocation at construction.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory_resource>
+#include <new>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/pack.hpp>
+#include <gqa/detail/page_pool.hpp>
+#include <gqa/detail/rows.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/error.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa {
+inline namespace GQA_ISA {
+
+template <class T>
+class paged_kv_cache;
+
+/// One layer of a paged_kv_cache as a kv_source: sequence id is number id. Valid as long as the cache.
+template <class T>
+class paged_layer {
+ public:
+  using element = T;
+  using panel_element = T;
+
+  paged_layer(const paged_kv_cache<T>& cache, index_t layer) noexcept : cache_(&cache), layer_(layer) {}
+
+  [[nodiscard]] index_t batch() const noexcept { return cache_->slots(); }
+  [[nodiscard]] index_t kv_heads() const noexcept { return cache_->kv_heads_; }
+  [[nodiscard]] index_t kv_len() const noexcept { return cache_->longest(); }
+  [[nodiscard]] index_t head_dim() const noexcept { return cache_->head_dim_; }
+  [[nodiscard]] index_t value_dim() const noexcept { return cache_->value_dim_; }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return cache_->sequence(b).length; }
+  [[nodiscard]] bool has_sequence(index_t b) const noexcept { return cache_->has(static_cast<sequence_id>(b)); }
+  [[nodiscard]] index_t scratch_elements() const noexcept { return 0; }
+  [[nodiscard]] detail::fault find_fault() const noexcept { return cache_->find_layer_fault(layer_); }
+  [[nodiscard]] detail::kv_tile<T> tile(index_t b, index_t g, index_t i, index_t tokens, T*) const noexcept {
+    return cache_->tile(b, layer_, g, i, tokens);
+  }
+
+ private:
+  const paged_kv_cache<T>* cache_;
+  index_t layer_;
+};
+
+/// Movable. Any number of readers at a time; whoever creates, forks, extends, writes, truncates or erases does so
+/// alone. \tparam T  float, double, Eigen::half or Eigen::bfloat16
+template <class T>
+class paged_kv_cache {
+  static_assert(detail::storable<T>, "gqa: a paged_kv_cache holds float, double, half or bfloat16");
+
+ public:
+  using element = T;
+
+  /// \param page_size  tokens, a multiple of 16; 64 and its multiples are read fastest
+  /// \param head_dim, value_dim  D and E, at least 1; -1: E is D
+  /// \param memory  where the pool comes from, to be kept until the cache is gone; null: operator new
+  /// \throws error  errc::shape for extents that cannot be, errc::capacity if there is no memory
+  paged_kv_cache(index_t layers, index_t pages, index_t page_size, index_t kv_heads, index_t head_dim,
+                 index_t value_dim = -1, std::pmr::memory_resource* memory = nullptr);
+
+  /// An empty sequence. Numbers of erased ones are given out again.
+  [[nodiscard]] sequence_id create();
+  /// A sequence of the same tokens, which share pages until one of the two writes.
+  /// \throws error (errc::range) for a sequence that there is not
+  [[nodiscard]] sequence_id fork(sequence_id parent);
+
+  /// Room for more tokens in all layers, all or nothing: what they hold is whatever write() gives them. A page that is
+  /// shared and not full is copied.
+  /// \throws error (errc::range, errc::length), (errc::capacity) if pages are lacking: nothing has changed then
+  void extend(sequence_id id, index_t tokens);
+  /// Keys [t, G, D] and values [t, G, E], T or float, rounded to nearest even, of positions from `position` on, which
+  /// there must be. Pages that are shared are copied.
+  /// \throws error (errc::range, errc::shape, errc::length), (errc::capacity) if pages are lacking; nothing is written
+  template <detail::rows_like K, detail::rows_like V>
+  void write(index_t layer, sequence_id id, index_t position, K&& k, V&& v) {
+    const auto keys = detail::as_rows(std::forward<K>(k));
+    const auto values = detail::as_rows(std::forward<V>(v));
+    if (const auto f = find_write_fault(layer, id, position, keys, values)) return detail::raise(f);
+    if (const auto f = own_pages(sequence(static_cast<index_t>(id)), position, keys.extent(1))) return detail::raise(f);
+    write_rows(layer, sequence(static_cast<index_t>(id)), position, keys, values);
+  }
+  /// Of a model of one layer: extend() and write().
+  template <detail::rows_like K, detail::rows_like V>
+  void append(sequence_id id, K&& k, V&& v) {
+    const auto keys = detail::as_rows(std::forward<K>(k));
+    const auto values = detail::as_rows(std::forward<V>(v));
+    if (layers_ != 1)
+      return detail::raise(detail::make_fault(errc::option, "append: expected a cache of one layer, got %lld",
+                                              detail::printable(layers_)));
+    if (const auto f = find_rows_fault(id, keys, values)) return detail::raise(f);
+    const index_t position = length(id);
+    if (const auto f = find_extend_fault(id, keys.extent(1))) return detail::raise(f);
+    extend(id, keys.extent(1));
+    write_rows(0, sequence(static_cast<index_t>(id)), position, keys, values);
+  }
+
+  /// Forgets tokens from position `length` on; pages that nobody else has are free again.
+  /// \throws error (errc::range), (errc::length) unless 0 <= length <= length(id)
+  void truncate(sequence_id id, index_t length);
+  void erase(sequence_id id);
+
+  [[nodiscard]] bool has(sequence_id id) const noexcept {
+    const auto n = static_cast<index_t>(id);
+    return n >= 0 && n < slots() && sequences_[static_cast<std::size_t>(n)].is_there;
+  }
+  /// Tokens of a sequence; 0 for one that there is not.
+  [[nodiscard]] index_t length(sequence_id id) const noexcept {
+    return has(id) ? sequence(static_cast<index_t>(id)).length : 0;
+  }
+  /// Its pages, in the order of its tokens; until it changes.
+  [[nodiscard]] std::span<const std::int32_t> pages_of(sequence_id id) const noexcept {
+    if (!has(id)) return {};
+    return sequence(static_cast<index_t>(id)).pages;
+  }
+  [[nodiscard]] index_t free_pages() const noexcept { return pool_.free(); }
+  [[nodiscard]] index_t pages() const noexcept { return pool_.pages(); }
+  [[nodiscard]] index_t page_size() const noexcept { return page_size_; }
+  [[nodiscard]] index_t layers() const noexcept { return layers_; }
+
+  /// What batch_attention() and attention() read. A layer that there is not is refused there (errc::range).
+  [[nodiscard]] paged_layer<T> layer(index_t layer) const noexcept { return {*this, layer}; }
+
+ private:
+  friend class paged_layer<T>;
+
+  struct paged_sequence {
+    std::vector<std::int32_t> pages;
+    index_t length = 0;
+    bool is_there = false;
+  };
+
+  [[nodiscard]] index_t slots() const noexcept { return static_cast<index_t>(sequences_.size()); }
+  [[nodiscard]] const paged_sequence& sequence(index_t n) const noexcept {
+    return sequences_[static_cast<std::size_t>(n)];
+  }
+  [[nodiscard]] paged_sequence& sequence(index_t n) noexcept { return sequences_[static_cast<std::size_t>(n)]; }
+  [[nodiscard]] index_t longest() const noexcept {
+    index_t most = 0;
+    for (const paged_sequence& s : sequences_) most = std::max(most, s.length);
+    return most;
+  }
+  /// The lowest number that is free.
+  [[nodiscard]] index_t find_slot();
+
+  // Where things lie in a page.
+  [[nodiscard]] index_t panels() const noexcept { return page_size_ / detail::panel_tokens; }
+  [[nodiscard]] index_t key_elements() const noexcept { return detail::key_panel_elements<T>(head_dim_); }
+  [[nodiscard]] index_t value_elements() const noexcept { return detail::value_panel_elements(value_dim_); }
+  [[nodiscard]] index_t head_elements() const noexcept { return panels() * (key_elements() + value_elements()); }
+  /// A panel of 16 tokens of one head.
+  struct panel {
+    index_t key_at, value_at;  // elements from the pool's start
+    index_t flag;              // among the pool's
+  };
+  [[nodiscard]] panel panel_of(index_t page, index_t layer, index_t g, index_t n) const noexcept {
+    const index_t head = (page * layers_ + layer) * kv_heads_ + g;
+    const index_t first = n / detail::tile_panels * detail::tile_panels;  // of the 64 tokens that it belongs to
+    const index_t together = std::min(detail::tile_panels, panels() - first);
+    const index_t at = head * head_elements() + first * (key_elements() + value_elements());
+    return {at + (n - first) * key_elements(), at + together * key_elements() + (n - first) * value_elements(),
+            head * panels() + n};
+  }
+  [[nodiscard]] panel panel_at(const paged_sequence& s, index_t layer, index_t g, index_t token) const noexcept {
+    const index_t page = s.pages[static_cast<std::size_t>(token / page_size_)];
+    return panel_of(page, layer, g, token % page_size_ / detail::panel_tokens);
+  }
+
+  [[nodiscard]] detail::kv_tile<T> tile(index_t b, index_t layer, index_t g, index_t i, index_t tokens) const noexcept;
+
+  [[nodiscard]] detail::fault find_sequence_fault(sequence_id id) const noexcept {
+    if (has(id)) return {};
+    return detail::make_fault(errc::range, "sequence: expected one that there is, got %lld",
+                              detail::printable(static_cast<index_t>(id)));
+  }
+  [[nodiscard]] detail::fault find_layer_fault(index_t layer) const noexcept {
+    if (layer >= 0 && layer < layers_) return {};
+    return detail::make_fault(errc::range, "layer: expected 0 to %lld, got %lld", detail::printable(layers_ - 1),
+                              detail::printable(layer));
+  }
+  [[nodiscard]] detail::fault find_extend_fault(sequence_id id, index_t tokens) const noexcept;
+  template <class K, class V>
+  [[nodiscard]] detail::fault find_rows_fault(sequence_id id, const tensor_view<K, 4>& k,
+                                              const tensor_view<V, 4>& v) const noexcept;
+  template <class K, class V>
+  [[nodiscard]] detail::fault find_write_fault(index_t layer, sequence_id id, index_t position,
+                                               const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) const noexcept;
+  /// Pages that a sequence of `length` tokens has.
+  [[nodiscard]] index_t pages_for(index_t length) const noexcept { return detail::ceil_div(length, page_size_); }
+  /// Shared pages that tokens [begin, end) of a sequence lie in.
+  [[nodiscard]] index_t shared_pages(const paged_sequence& s, index_t begin, index_t end) const noexcept;
+  /// Makes them the sequence's own; capacity, and nothing done, if pages are lacking.
+  [[nodiscard]] detail::fault own_pages(paged_sequence& s, index_t position, index_t tokens);
+  /// Panels that begin within tokens [begin, end) hold no NaN of those who had the page before.
+  void clean(const paged_sequence& s, index_t begin, index_t end) noexcept;
+  template <class K, class V>
+  void write_rows(index_t layer, const paged_sequence& s, index_t position, const tensor_view<K, 4>& k,
+                  const tensor_view<V, 4>& v) noexcept;
+
+  index_t layers_ = 0, page_size_ = detail::panel_tokens, kv_heads_ = 0, head_dim_ = 1, value_dim_ = 1;
+  detail::page_pool<T> pool_;
+  std::vector<paged_sequence> sequences_;
+};
+
+template <class T>
+paged_kv_cache<T>::paged_kv_cache(index_t layers, index_t pages, index_t page_size, index_t kv_heads, index_t head_dim,
+                                  index_t value_dim, std::pmr::memory_resource* memory) {
+  if (value_dim == -1) value_dim = head_dim;
+  const auto find_fault = [&]() -> detail::fault {
+    const auto too_small = [](const char* name, index_t least, index_t actual) {
+      return detail::make_fault(errc::shape, "paged_kv_cache: expected %s >= %lld, got %lld", name,
+                                detail::printable(least), detail::printable(actual));
+    };
+    if (layers < 1) return too_small("layers", 1, layers);
+    if (pages < 0) return too_small("pages", 0, pages);
+    if (kv_heads < 1) return too_small("kv_heads", 1, kv_heads);
+    if (head_dim < 1) return too_small("head_dim", 1, head_dim);
+    if (value_dim < 1) return too_small("value_dim", 1, value_dim);
+    if (page_size < 1 || page_size % detail::panel_tokens != 0)
+      return detail::make_fault(errc::shape, "paged_kv_cache: expected a page_size that is a multiple of 16, got %lld",
+                                detail::printable(page_size));
+    return {};
+  };
+  if (const auto f = find_fault()) {
+    detail::raise(f);
+    return;
+  }
+  const auto size = [](index_t n) { return static_cast<double>(n); };
+  const double elements = std::max(size(pages), 1.0) * size(layers) * size(kv_heads) * size(page_size) *
+                          (size(head_dim) + size(value_dim) + 2 * size(detail::panel_tokens));
+  layers_ = layers, page_size_ = page_size, kv_heads_ = kv_heads, head_dim_ = head_dim, value_dim_ = value_dim;
+  const bool is_countable = elements < size(detail::position_limit / 16) && pages <= std::numeric_limits<int>::max();
+  if (is_countable && pool_.build(pages, layers * kv_heads * head_elements(), layers * kv_heads * panels(), memory))
+    return;
+  layers_ = 0;
+  detail::raise(detail::make_fault(errc::capacity, "paged_kv_cache: expected memory for some %.3g bytes, got none",
+                                   elements * sizeof(T)));
+}
+
+template <class T>
+index_t paged_kv_cache<T>::find_slot() {
+  for (index_t n = 0; n < slots(); ++n) {
+    if (!sequence(n).is_there) return n;
+  }
+  sequences_.emplace_back();
+  return slots() - 1;
+}
+
+template <class T>
+sequence_id paged_kv_cache<T>::create() {
+  const index_t n = find_slot();
+  sequence(n).is_there = true;
+  return static_cast<sequence_id>(n);
+}
+
+template <class T>
+sequence_id paged_kv_cache<T>::fork(sequence_id parent) {
+  if (const auto f = find_sequence_fault(parent)) {
+    detail::raise(f);
+    return sequence_id{-1};
+  }
+  const index_t n = find_slot();
+  const paged_sequence& from = sequence(static_cast<index_t>(parent));
+  paged_sequence& to = sequence(n);
+  to.pages = from.pages;
+  to.length = from.length;
+  to.is_there = true;
+  for (const std::int32_t page : to.pages) pool_.share(page);
+  return static_cast<sequence_id>(n);
+}
+
+template <class T>
+detail::fault paged_kv_cache<T>::find_extend_fault(sequence_id id, index_t tokens) const noexcept {
+  if (const auto f = find_sequence_fault(id)) return f;
+  if (tokens < 0)
+    return detail::make_fault(errc::length, "tokens: expected 0 or more, got %lld", detail::printable(tokens));
+  const paged_sequence& s = sequence(static_cast<index_t>(id));
+  const index_t most = pages() * page_size_;  // that any sequence may have
+  const index_t needed =
+      tokens > most ? most
+                    : pages_for(s.length + tokens) - pages_for(s.length) + shared_pages(s, s.length, s.length + tokens);
+  if (tokens > most || needed > free_pages())
+    return detail::make_fault(errc::capacity,
+                              "tokens: expected what fits %lld free pages of %lld, got %lld more after "
+                              "%lld",
+                              detail::printable(free_pages()), detail::printable(page_size_), detail::printable(tokens),
+                              detail::printable(s.length));
+  return {};
+}
+
+template <class T>
+index_t paged_kv_cache<T>::shared_pages(const paged_sequence& s, index_t begin, index_t end) const noexcept {
+  index_t shared = 0;
+  for (index_t page = begin / page_size_; page < std::min(pages_for(end), static_cast<index_t>(s.pages.size())); ++page)
+    shared += pool_.is_shared(s.pages[static_cast<std::size_t>(page)]) ? 1 : 0;
+  return begin < end ? shared : 0;
+}
+
+template <class T>
+detail::fault paged_kv_cache<T>::own_pages(paged_sequence& s, index_t position, index_t tokens) {
+  const index_t shared = shared_pages(s, position, position + tokens);
+  if (shared > free_pages())
+    return detail::make_fault(errc::capacity, "pages: expected %lld free ones to copy what is shared, got %lld",
+                              detail::printable(shared), detail::printable(free_pages()));
+  if (shared == 0) return {};
+  for (index_t page = position / page_size_; page < pages_for(position + tokens); ++page) {
+    std::int32_t& own = s.pages[static_cast<std::size_t>(page)];
+    if (pool_.is_shared(own)) own = pool_.copy(own);
+  }
+  return {};
+}
+
+template <class T>
+void paged_kv_cache<T>::extend(sequence_id id, index_t tokens) {
+  if (const auto f = find_extend_fault(id, tokens)) return detail::raise(f);
+  paged_sequence& s = sequence(static_cast<index_t>(id));
+  const index_t before = s.length, after = before + tokens;
+  s.pages.reserve(static_cast<std::size_t>(pages_for(after)));  // the only thing that may fail
+  if (before % page_size_ != 0 && tokens > 0) {
+    std::int32_t& last = s.pages.back();
+    if (pool_.is_shared(last)) last = pool_.copy(last);
+  }
+  while (static_cast<index_t>(s.pages.size()) < pages_for(after)) s.pages.push_back(pool_.take());
+  s.length = after;
+  clean(s, before, after);
+}
+
+template <class T>
+void paged_kv_cache<T>::clean(const paged_sequence& s, index_t begin, index_t end) noexcept {
+  for (index_t token = detail::round_up(begin, detail::panel_tokens); token < end; token += detail::panel_tokens) {
+    for (index_t layer = 0; layer < layers_; ++layer) {
+      for (index_t g = 0; g < kv_heads_; ++g) {
+        const panel at = panel_at(s, layer, g, token);
+        if (pool_.flags()[at.flag] == 0) continue;
+        std::fill_n(pool_.elements() + at.value_at, value_elements(), T(0));
+        pool_.flags()[at.flag] = 0;
+      }
+    }
+  }
+}
+
+template <class T>
+template <class K, class V>
+detail::fault paged_kv_cache<T>::find_rows_fault(sequence_id id, const tensor_view<K, 4>& k,
+                                                 const tensor_view<V, 4>& v) const noexcept {
+  if (const auto f = find_sequence_fault(id)) return f;
+  const detail::operand keys = detail::describe("k", k), values = detail::describe("v", v);
+  if (const auto f = detail::find_kv_fault(keys, values)) return f;
+  if (const auto f = detail::find_extent_fault(keys, 0, 1, "one sequence")) return f;
+  if (const auto f = detail::find_extent_fault(keys, 2, kv_heads_, "the cache's heads")) return f;
+  if (const auto f = detail::find_extent_fault(keys, 3, head_dim_, "the cache's head dim")) return f;
+  return detail::find_extent_fault(values, 3, value_dim_, "the cache's value dim");
+}
+
+template <class T>
+template <class K, class V>
+detail::fault paged_kv_cache<T>::find_write_fault(index_t layer, sequence_id id, index_t position,
+                                                  const tensor_view<K, 4>& k,
+                                                  const tensor_view<V, 4>& v) const noexcept {
+  if (const auto f = find_layer_fault(layer)) return f;
+  if (const auto f = find_rows_fault(id, k, v)) return f;
+  const index_t there = length(id);
+  if (position < 0 || position > there || k.extent(1) > there - position)
+    return detail::make_fault(errc::length,
+                              "position: expected tokens within the %lld there are, got %lld from %lld on",
+                              detail::printable(there), detail::printable(k.extent(1)), detail::printable(position));
+  return {};
+}
+
+template <class T>
+template <class K, class V>
+void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index_t position, const tensor_view<K, 4>& k,
+                                   const tensor_view<V, 4>& v) noexcept {
+  const auto is_taken = []<class U>(const U*) { return std::is_same_v<U, T> || std::is_same_v<U, float>; };
+  static_assert(is_taken(static_cast<K*>(nullptr)) && is_taken(static_cast<V*>(nullptr)),
+                "gqa: a paged_kv_cache takes what it holds, or float");
+  const index_t end = position + k.extent(1);
+  for (index_t g = 0; g < kv_heads_; ++g) {
+    for (index_t t = position; t < end;) {  // panel by panel
+      const index_t first = t / detail::panel_tokens * detail::panel_tokens;
+      const detail::panel_range tokens{t - first, std::min(end - first, detail::panel_tokens), false};
+      const panel at = panel_at(s, layer, g, t);
+      detail::pack_key_panel(&k(0, t - position, g, 0), k.stride(1), tokens, head_dim_, pool_.elements() + at.key_at);
+      const bool nonfinite = detail::pack_value_panel(&v(0, t - position, g, 0), v.stride(1), tokens, value_dim_,
+                                                      pool_.elements() + at.value_at);
+      std::uint8_t& flag = pool_.flags()[at.flag];
+      if (tokens.end - tokens.begin == detail::panel_tokens) flag = 0;
+      if (nonfinite) flag = 1;
+      t = first + tokens.end;
+    }
+  }
+}
+
+template <class T>
+void paged_kv_cache<T>::truncate(sequence_id id, index_t length) {
+  if (const auto f = find_sequence_fault(id)) return detail::raise(f);
+  paged_sequence& s = sequence(static_cast<index_t>(id));
+  if (length < 0 || length > s.length)
+    return detail::raise(detail::make_fault(errc::length, "length: expected 0 to %lld (the tokens there are), got %lld",
+                                            detail::printable(s.length), detail::printable(length)));
+  for (; static_cast<index_t>(s.pages.size()) > pages_for(length); s.pages.pop_back()) pool_.release(s.pages.back());
+  s.length = length;
+}
+
+template <class T>
+void paged_kv_cache<T>::erase(sequence_id id) {
+  if (const auto f = find_sequence_fault(id)) return detail::raise(f);
+  truncate(id, 0);
+  sequence(static_cast<index_t>(id)).is_there = false;
+}
+
+template <class T>
+detail::kv_tile<T> paged_kv_cache<T>::tile(index_t b, index_t layer, index_t g, index_t i,
+                                           index_t tokens) const noexcept {
+  const paged_sequence& s = sequence(b);
+  const T* const elements = pool_.elements();
+  const index_t first = i * detail::tile_tokens;
+  detail::kv_tile<T> t;
+  for (index_t n = 0; n < detail::tile_panels; ++n) {
+    // Nobody looks at panels without tokens.
+    const index_t token = first + (n * detail::panel_tokens < tokens ? n * detail::panel_tokens : 0);
+    const panel at = panel_at(s, layer, g, token);
+    t.k[static_cast<std::size_t>(n)] = elements + at.key_at;
+    t.v[static_cast<std::size_t>(n)] = elements + at.value_at;
+    if (pool_.flags()[at.flag] != 0) t.nonfinite_values |= std::uint32_t{1} << n;
+  }
+  const index_t next = first + detail::tile_tokens;
+  t.next = next < s.length ? elements + panel_at(s, layer, g, next).key_at : t.k[0];
+  return t;
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

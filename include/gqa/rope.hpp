@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// rope: rotary position embedding of queries and keys, and how trained frequencies are stretched for longer texts.
+///
+/// Pair i of a row at position p turns by p f_i; with d rotated elements and a base b the frequencies are
+///     f_i = b^(-2 i / d), i < d / 2            (RoFormer, Su et al. 2021)
+/// stretched by a factor s over a trained length L:
+///     linear  f_i / s                          (position interpolation, Chen et al. 2023)
+///     ntk     the same with the base b s^(d / (d - 2)): the lowest as linear, the highest as they are (bloc97 2023)
+///     yarn    f_i / s for pairs of less than beta_slow turns within L, f_i for those of more than beta_fast, between
+///             them a ramp; rows grow by 0.1 ln s + 1    (Peng et al. 2023, with the rounding of its published code)
+///     llama3  f_i / s for wavelengths above L / low, f_i for those below L / high, between them a ramp in 1 /
+///     wavelength
+///             (the released code of Llama 3.1)
+/// The product of a query and a key then depends on their distance alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <numbers>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <gqa/config.hpp>
+#include <gqa/context.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/rows.hpp>
+#include <gqa/error.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa {
+
+/// Which elements of a row turn together: (2 i, 2 i + 1) (GPT-J, the checkpoints of Llama), or (i, i + d / 2)
+/// (GPT-NeoX, Hugging Face's permuted Llama).
+enum class rope_pairing { neighbours, halves };
+
+enum class rope_scaling { none, linear, ntk, yarn, llama3 };
+
+struct rope_options {
+  double base = 10000;
+  index_t dims = 0;  ///< rotated elements, the first of a row, even; 0: all
+  rope_pairing pairing = rope_pairing::neighbours;
+  rope_scaling scaling = rope_scaling::none;
+  double factor = 1;                       ///< s, at least 1
+  index_t trained_length = 0;              ///< L, of yarn and llama3
+  double beta_fast = 32, beta_slow = 1;    ///< of yarn, turns within L
+  double low_factor = 1, high_factor = 4;  ///< of llama3, parts of L
+};
+
+inline namespace GQA_ISA {
+
+class rope {
+ public:
+  /// \throws error  (errc::option) for dims that are odd or more than head_dim, and for numbers out of their ranges
+  explicit rope(index_t head_dim, const rope_options& options = {});
+
+  [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
+  /// [dims / 2], radians a position.
+  [[nodiscard]] std::span<const double> frequencies() const noexcept { return frequencies_; }
+  /// What rotated elements grow by.
+  [[nodiscard]] double magnitude() const noexcept { return magnitude_; }
+
+  /// Turns rows in place: token s of sequence b is at first_positions[b] + s.
+  /// \param x                [B, S, H, D], any strides but of the last axis; of any element type
+  /// \param first_positions  [B]
+  /// \throws error           (errc::shape, errc::stride, errc::range) before anything is written
+  /// Cost: a sine and a cosine a pair and token, in double; 4 multiply-adds a pair and row.
+  template <tensor_like X>
+  void rotate(X&& x, std::span<const index_t> first_positions, context& ctx) const {
+    const auto rows = detail::as_view(std::forward<X>(x));
+    const auto position_of = [&](index_t b, index_t s) { return first_positions[static_cast<std::size_t>(b)] + s; };
+    if (const auto f = find_fault(rows, first_positions, rows.extent(0), "first_positions")) return detail::raise(f);
+    rotate_rows(rows, position_of, ctx);
+  }
+  /// The same of a ragged batch's rows, each at a position of its own.
+  /// \param x          [n, H, D]: a tensor_view of rank 3, or what view() takes, of batch 1
+  /// \param positions  [n]
+  template <detail::rows_like X>
+  void rotate_each(X&& x, std::span<const index_t> positions, context& ctx) const {
+    const auto rows = detail::as_rows(std::forward<X>(x));
+    const auto position_of = [&](index_t, index_t s) { return positions[static_cast<std::size_t>(s)]; };
+    if (const auto f = find_fault(rows, positions, rows.extent(1), "positions")) return detail::raise(f);
+    rotate_rows(rows, position_of, ctx);
+  }
+
+ private:
+  template <class T>
+  [[nodiscard]] detail::fault find_fault(const tensor_view<T, 4>& rows, std::span<const index_t> positions,
+                                         index_t expected, const char* name) const noexcept {
+    static_assert(!std::is_const_v<T>, "gqa: rows are rotated in place");
+    const detail::operand x = detail::describe("x", rows);
+    if (const auto f = detail::find_output_fault(x)) return f;
+    if (const auto f = detail::find_extent_fault(x, 3, head_dim_, "the head dim")) return f;
+    if (static_cast<index_t>(positions.size()) != expected)
+      return detail::make_fault(errc::shape, "%s: expected %lld entries, got %zu", name, detail::printable(expected),
+                                positions.size());
+    for (std::size_t i = 0; i < positions.size(); ++i) {
+      if (const auto f = detail::find_position_fault(name, i, positions[i])) return f;
+    }
+    return {};
+  }
+
+  template <class T, class PositionOf>
+  void rotate_rows(const tensor_view<T, 4>& x, const PositionOf& position_of, context& ctx) const {
+    using A = accumulator_t<T>;
+    const index_t pairs = static_cast<index_t>(frequencies_.size()), q_len = x.extent(1);
+    const bool halves = options_.pairing == rope_pairing::halves;
+    std::vector<A> turns(static_cast<std::size_t>(2 * pairs * ctx.concurrency()));
+    ctx.for_each(x.extent(0) * q_len, [&](index_t token, index_t worker) {
+      const index_t b = token / q_len, s = token % q_len;
+      A* const cosines = turns.data() + 2 * pairs * worker;
+      A* const sines = cosines + pairs;
+      const auto position = static_cast<double>(position_of(b, s));
+      for (index_t i = 0; i < pairs; ++i) {
+        const double angle = position * frequencies_[static_cast<std::size_t>(i)];
+        cosines[i] = static_cast<A>(magnitude_ * std::cos(angle));
+        sines[i] = static_cast<A>(magnitude_ * std::sin(angle));
+      }
+      for (index_t h = 0; h < x.extent(2); ++h) {
+        T* const row = &x(b, s, h, 0);
+        for (index_t i = 0; i < pairs; ++i) {
+          T& first = row[halves ? i : 2 * i];
+          T& second = row[halves ? i + pairs : 2 * i + 1];
+          const A u = static_cast<A>(first), v = static_cast<A>(second);
+          first = static_cast<T>(u * cosines[i] - v * sines[i]);
+          second = static_cast<T>(u * sines[i] + v * cosines[i]);
+        }
+      }
+    });
+  }
+
+  void set_frequencies();
+
+  index_t head_dim_;
+  rope_options options_;
+  std::vector<double> frequencies_;
+  double magnitude_ = 1;
+};
+
+inline rope::rope(index_t head_dim, const rope_options& options) : head_dim_(head_dim), options_(options) {
+  const auto find_fault = [&]() -> detail::fault {
+    using detail::make_fault, detail::printable;
+    if (head_dim < 1) return make_fault(errc::shape, "rope: expected head_dim >= 1, got %lld", printable(head_dim));
+    if (options.dims < 0 || options.dims > head_dim || (options.dims == 0 ? head_dim : options.dims) % 2 != 0)
+      return make_fault(errc::option, "rope dims: expected an even number up to %lld, got %lld", printable(head_dim),
+                        printable(options.dims));
+    if (!(options.base > 1 && std::isfinite(options.base)))
+      return make_fault(errc::option, "rope base: expected a finite number above 1, got %g", options.base);
+    if (options.pairing < rope_pairing::neighbours || options.pairing > rope_pairing::halves ||
+        options.scaling < rope_scaling::none || options.scaling > rope_scaling::llama3)
+      return make_fault(errc::option, "rope pairing, scaling: expected enumerators, got %d, %d",
+                        static_cast<int>(options.pairing), static_cast<int>(options.scaling));
+    if (!(options.factor >= 1 && std::isfinite(options.factor)))
+      return make_fault(errc::option, "rope factor: expected a finite number of at least 1, got %g", options.factor);
+    const bool is_trained = options.scaling == rope_scaling::yarn || options.scaling == rope_scaling::llama3;
+    if (is_trained && options.trained_length < 1)
+      return make_fault(errc::option, "rope trained_length: expected 1 or more, got %lld",
+                        printable(options.trained_length));
+    if (options.scaling == rope_scaling::yarn && !(options.beta_slow > 0 && options.beta_fast > options.beta_slow))
+      return make_fault(errc::option,
+                        "rope beta_fast, beta_slow: expected the first above the other above 0, got %g, %g",
+                        options.beta_fast, options.beta_slow);
+    if (options.scaling == rope_scaling::llama3 &&
+        !(options.low_factor > 0 && options.high_factor > options.low_factor))
+      return make_fault(errc::option,
+                        "rope high_factor, low_factor: expected the first above the other above 0, got %g, %g",
+                        options.high_factor, options.low_factor);
+    return {};
+  };
+  if (const auto f = find_fault()) {
+    detail::raise(f);
+    return;
+  }
+  set_frequencies();
+}
+
+inline void rope::set_frequencies() {
+  const rope_options& o = options_;
+  const auto dims = static_cast<double>(o.dims == 0 ? head_dim_ : o.dims);
+  const auto length = static_cast<double>(o.trained_length);
+  const double stretch = o.scaling == rope_scaling::ntk && dims > 2 ? std::pow(o.factor, dims / (dims - 2)) : 1;
+  // Where on the scale of pairs a pair lies that makes so many turns within the trained length.
+  const auto pair_of_turns = [&](double turns) {
+    return dims * std::log(length / (turns * 2 * std::numbers::pi)) / (2 * std::log(o.base));
+  };
+  for (double i = 0; i < dims / 2; ++i) {
+    const double own = std::pow(o.base * stretch, -2 * i / dims), stretched = own / o.factor;
+    double kept = 1;  // the part of the frequency that is not stretched
+    if (o.scaling == rope_scaling::linear) kept = 0;
+    if (o.scaling == rope_scaling::yarn) {
+      const double low = std::max(std::floor(pair_of_turns(o.beta_fast)), 0.0);
+      const double high = std::min(std::ceil(pair_of_turns(o.beta_slow)), dims - 1);
+      kept = 1 - std::clamp((i - low) / std::max(high - low, 0.001), 0.0, 1.0);
+    }
+    if (o.scaling == rope_scaling::llama3) {
+      const double turns = length * own / (2 * std::numbers::pi);
+      kept = std::clamp((turns - o.low_factor) / (o.high_factor - o.low_factor), 0.0, 1.0);
+    }
+    frequencies_.push_back(kept * own + (1 - kept) * stretched);
+  }
+  if (o.scaling == rope_scaling::yarn) magnitude_ = 0.1 * std::log(o.factor) + 1;
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotary embedding: frequencies as the papers and released codes write them, rotations as complex products.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <complex>
+#include <limits>
+#include <numbers>
+#include <span>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/rng.hpp"
+
+namespace gqa::test {
+namespace {
+
+std::vector<double> frequencies_of(index_t dim, const rope_options& o) {
+  const rope r(dim, o);
+  return {r.frequencies().begin(), r.frequencies().end()};
+}
+void expect_near(const std::vector<double>& actual, const std::vector<double>& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i) EXPECT_NEAR(actual[i] / expected[i], 1, 1e-12) << i;
+}
+
+TEST(Rope, HasTheFrequenciesOfItsPaper) {
+  std::vector<double> expected;
+  for (int i = 0; i < 64; ++i) expected.push_back(1 / std::pow(10000.0, 2.0 * i / 128));
+  expect_near(frequencies_of(128, {}), expected);
+  rope_options some;
+  some.dims = 32, some.base = 500000;
+  expected.clear();
+  for (int i = 0; i < 16; ++i) expected.push_back(1 / std::pow(500000.0, i / 16.0));
+  expect_near(frequencies_of(80, some), expected);
+}
+
+TEST(Rope, InterpolatesPositions) {
+  rope_options o;
+  o.scaling = rope_scaling::linear, o.factor = 4;
+  std::vector<double> expected = frequencies_of(64, {});
+  for (double& f : expected) f /= 4;
+  expect_near(frequencies_of(64, o), expected);
+}
+
+// The lowest frequency is stretched by the factor, the highest not at all.
+TEST(Rope, StretchesTheBaseForNtk) {
+  rope_options o;
+  o.scaling = rope_scaling::ntk, o.factor = 8;
+  const auto own = frequencies_of(64, {}), stretched = frequencies_of(64, o);
+  EXPECT_EQ(stretched.front(), own.front());
+  EXPECT_NEAR(stretched.back(), own.back() / 8, own.back() * 1e-12);
+  for (std::size_t i = 0; i < own.size(); ++i)
+    EXPECT_NEAR(stretched[i], std::pow(10000 * std::pow(8.0, 64.0 / 62), -static_cast<double>(i) / 32), 1e-12);
+}
+
+// yarn's find_correction_dim, find_correction_range and linear_ramp_mask, as its authors' code has them.
+TEST(Rope, IsThePublishedYarn) {
+  rope_options o;
+  o.scaling = rope_scaling::yarn, o.factor = 16, o.trained_length = 4096;
+  const double dim = 128, base = 10000;
+  const auto correction_dim = [&](double rotations) {
+    return dim * std::log(4096 / (rotations * 2 * std::numbers::pi)) / (2 * std::log(base));
+  };
+  const double low = std::floor(correction_dim(32)), high = std::ceil(correction_dim(1));
+  EXPECT_EQ(low, 20);  // and in the open between them
+  EXPECT_EQ(high, 46);
+  std::vector<double> expected;
+  for (int i = 0; i < 64; ++i) {
+    const double extrapolated = 1 / std::pow(base, 2 * i / dim), interpolated = 1 / (16 * std::pow(base, 2 * i / dim));
+    const double ramp = std::min(std::max((i - low) / (high - low), 0.0), 1.0), mask = 1 - ramp;
+    expected.push_back(interpolated * (1 - mask) + extrapolated * mask);
+  }
+  expect_near(frequencies_of(128, o), expected);
+  EXPECT_NEAR(rope(128, o).magnitude(), 0.1 * std::log(16) + 1, 1e-15);
+  EXPECT_EQ(rope(128).magnitude(), 1);
+}
+
+// Llama 3.1's apply_scaling.
+TEST(Rope, IsThePublishedLlama3) {
+  rope_options o;
+  o.base = 500000;
+  const auto own = frequencies_of(128, o);
+  o.scaling = rope_scaling::llama3, o.factor = 8, o.trained_length = 8192;
+  std::vector<double> expected;
+  int kept = 0, stretched = 0;
+  for (const double freq : own) {
+    const double wavelen = 2 * std::numbers::pi / freq;
+    if (wavelen < 8192 / 4.0) {
+      expected.push_back(freq), ++kept;
+    } else if (wavelen > 8192) {
+      expected.push_back(freq / 8), ++stretched;
+    } else {
+      const double smooth = (8192 / wavelen - 1) / (4 - 1);
+      expected.push_back((1 - smooth) * freq / 8 + smooth * freq);
+    }
+  }
+  EXPECT_GT(kept, 20);
+  EXPECT_GT(stretched, 20);
+  expect_near(frequencies_of(128, o), expected);
+}
+
+template <class T>
+void expect_turned(rope_pairing pairing, index_t dim, index_t dims, double tolerance) {
+  rng random(3);
+  rope_options o;
+  o.dims = dims, o.pairing = pairing, o.scaling = rope_scaling::yarn, o.factor = 2, o.trained_length = 100;
+  const rope r(dim, o);
+  std::vector<T> x;
+  for (index_t i = 0; i < 2 * 3 * 2 * dim; ++i) x.push_back(static_cast<T>(static_cast<float>(random.normal())));
+  const std::vector<T> before = x;
+  const std::vector<index_t> first{5, -70000};
+  Eigen::ThreadPool pool(2);
+  context ctx(pool);
+  r.rotate(view(x.data(), {2, 3, 2, dim}), first, ctx);
+  const index_t turned = dims == 0 ? dim : dims;
+  for (index_t row = 0; row < 12; ++row) {
+    const double position = static_cast<double>(first[static_cast<std::size_t>(row / 6)] + row / 2 % 3);
+    const auto at = [&](const std::vector<T>& v, index_t d) {
+      return static_cast<double>(v[static_cast<std::size_t>(row * dim + d)]);
+    };
+    for (index_t i = 0; i < turned / 2; ++i) {
+      const index_t a = pairing == rope_pairing::halves ? i : 2 * i;
+      const index_t b = pairing == rope_pairing::halves ? i + turned / 2 : 2 * i + 1;
+      const auto expected = std::complex<double>(at(before, a), at(before, b)) *
+                            std::polar(r.magnitude(), position * r.frequencies()[static_cast<std::size_t>(i)]);
+      EXPECT_NEAR(at(x, a), expected.real(), tolerance);
+      EXPECT_NEAR(at(x, b), expected.imag(), tolerance);
+    }
+    for (index_t d = turned; d < dim; ++d) EXPECT_EQ(at(x, d), at(before, d));
+  }
+}
+TEST(Rope, TurnsPairsAsComplexNumbers) {
+  for (const auto pairing : {rope_pairing::neighbours, rope_pairing::halves}) {
+    for (const auto& [dim, dims] : {std::pair<index_t, index_t>{16, 0}, {20, 12}, {7, 2}}) {
+      expect_turned<double>(pairing, dim, dims, 1e-14);
+      expect_turned<float>(pairing, dim, dims, 3e-6);
+      expect_turned<Eigen::half>(pairing, dim, dims, 5e-3);
+      expect_turned<Eigen::bfloat16>(pairing, dim, dims, 4e-2);
+    }
+  }
+}
+
+TEST(Rope, TurnsRowsOfARaggedBatchEachAtItsPosition) {
+  rng random(4);
+  std::vector<float> x(5 * 2 * 8);
+  for (float& y : x) y = static_cast<float>(random.normal());
+  const std::vector<float> before = x;
+  const rope r(8);
+  context ctx;
+  const std::vector<index_t> positions{7, 3, 1000, 0, 3};
+  r.rotate_each(tensor_view<float, 3>(x.data(), {5, 2, 8}), positions, ctx);
+  for (std::size_t n = 0; n < 5; ++n) {
+    std::vector<float> one(before.begin() + static_cast<std::ptrdiff_t>(n) * 16,
+                           before.begin() + static_cast<std::ptrdiff_t>(n + 1) * 16);
+    r.rotate(view(one.data(), {1, 1, 2, 8}), std::span<const index_t>(&positions[n], 1), ctx);
+    EXPECT_TRUE(std::equal(one.begin(), one.end(), x.begin() + static_cast<std::ptrdiff_t>(n) * 16));
+  }
+}
+
+// What it is for.
+TEST(Rope, MakesProductsDependOnDistancesAlone) {
+  rng random(5);
+  std::vector<double> q(32), k(32);
+  for (std::vector<double>* x : {&q, &k})
+    for (double& y : *x) y = random.normal();
+  rope_options o;
+  o.scaling = rope_scaling::llama3, o.factor = 8, o.trained_length = 64;
+  const rope r(32, o);
+  context ctx;
+  const auto product = [&](index_t of_q, index_t of_k) {
+    auto a = q, b = k;
+    r.rotate(view(a.data(), {1, 1, 1, 32}), std::span<const index_t>(&of_q, 1), ctx);
+    r.rotate(view(b.data(), {1, 1, 1, 32}), std::span<const index_t>(&of_k, 1), ctx);
+    double sum = 0;
+    for (std::size_t d = 0; d < 32; ++d) sum += a[d] * b[d];
+    return sum;
+  };
+  EXPECT_NEAR(product(10, 3), product(1010, 1003), 1e-10);
+  EXPECT_NEAR(product(-4, 3), product(0, 7), 1e-10);
+  EXPECT_GT(std::abs(product(10, 3) - product(10, 4)), 1e-3);
+}
+
+#ifndef GQA_NO_EXCEPTIONS
+TEST(Rope, RefusesWhatCannotBe) {
+  const auto with = [](const auto& change, index_t dim = 16) {
+    rope_options o;
+    o.trained_length = 100, o.factor = 2;
+    change(o);
+    try {
+      const rope r(dim, o);
+    } catch (const error& e) {
+      return e.code();
+    }
+    return errc::ok;
+  };
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(with([](auto&) {}), errc::ok);
+  EXPECT_EQ(with([](auto&) {}, 0), errc::shape);
+  EXPECT_EQ(with([](auto&) {}, 15), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.dims = 14; }, 15), errc::ok);
+  EXPECT_EQ(with([](auto& o) { o.dims = 18; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.dims = -2; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.dims = 3; }), errc::option);
+  for (const double base : {1.0, -5.0, infinity, nan})
+    EXPECT_EQ(with([&](auto& o) { o.base = base; }), errc::option) << base;
+  for (const double factor : {0.5, -1.0, infinity, nan})
+    EXPECT_EQ(with([&](auto& o) { o.factor = factor; }), errc::option) << factor;
+  EXPECT_EQ(with([](auto& o) { o.scaling = static_cast<rope_scaling>(7); }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.pairing = static_cast<rope_pairing>(2); }), errc::option);
+  for (const auto scaling : {rope_scaling::yarn, rope_scaling::llama3})
+    EXPECT_EQ(with([&](auto& o) { o.scaling = scaling, o.trained_length = 0; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.scaling = rope_scaling::yarn, o.beta_fast = 1; }), errc::option);
+  EXPECT_EQ(with([](auto& o) { o.scaling = rope_scaling::llama3, o.high_factor = 1; }), errc::option);
+
+  const rope r(8);
+  context ctx;
+  std::vector<float> x(2 * 3 * 2 * 8, 1.0f);
+  const std::vector<index_t> two{0, 0}, far{0, index_t{1} << 61};
+  const auto rotate = [&](const tensor_view<float, 4>& rows, std::span<const index_t> positions) {
+    try {
+      r.rotate(rows, positions, ctx);
+    } catch (const error& e) {
+      EXPECT_EQ(std::count(x.begin(), x.end(), 1.0f), static_cast<std::ptrdiff_t>(x.size()));
+      return e.code();
+    }
+    return errc::ok;
+  };
+  EXPECT_EQ(rotate({x.data(), {2, 3, 2, 8}}, std::span(two).first(1)), errc::shape);
+  EXPECT_EQ(rotate({x.data(), {2, 3, 4, 4}}, two), errc::shape);
+  EXPECT_EQ(rotate({x.data(), {2, 3, 2, 8}}, far), errc::range);
+  EXPECT_EQ(rotate({x.data(), {2, 3, 2, 8}, {0, 16, 8, 1}}, two), errc::stride);
+  EXPECT_EQ(rotate({x.data(), {2, 0, 2, 8}}, two), errc::ok);
+}
+#endif
+
+}  // namespace
+}  // namespace gqa::test
