@@ -360,6 +360,21 @@ TEST(PagedKvCache, RefusesWhatIsNotThere) {
 }
 #endif
 
+// Room is room: what extend() promised, write() cannot lack.
+TEST(PagedKvCache, CopiesASharedPageWhenItGrows) {
+  paged_kv_cache<float> cache(1, 2, 16, 1, 8);
+  const std::vector<float> x(10 * 8, 2.0f);
+  const auto rows = [&](index_t count) { return tensor_view<const float, 3>(x.data(), {count, 1, 8}); };
+  const sequence_id first = cache.create();
+  cache.append(first, rows(10), rows(10));
+  const sequence_id second = cache.fork(first);
+  EXPECT_EQ(cache.free_pages(), 1);
+  cache.extend(second, 1);
+  EXPECT_EQ(cache.free_pages(), 0);
+  EXPECT_NE(cache.pages_of(first)[0], cache.pages_of(second)[0]);
+  cache.write(0, second, 10, rows(1), rows(1));
+}
+
 // NaN of those who had a page before reaches nobody.
 TEST(PagedKvCache, KeepsNoValuesOfThoseBefore) {
   paged_kv_cache<float> cache(1, 2, 64, 1, 8);
