@@ -224,6 +224,28 @@ TEST(Batch, TakesTreesOfDrafts) {
       options, ctx, "trees");
 }
 
+// A draft's mask does not send its neighbours to another kernel: one of them reads pages in place, as it does alone.
+TEST(Batch, KeepsTreesToTheirSequences) {
+  rng random(14);
+  ragged_case<float> c(8, 2, 64, 64, {300, 700}, random);
+  c.add(0, 2, random), c.add(1, 1, random);
+  const bool tree[4] = {true, false, false, true};
+  const std::vector<tensor_view<const bool, 2>> masks{{tree, {2, 2}}, {}};
+  batch_options options;
+  options.common.causal = true;
+  options.masks = masks;
+  pages<float> paged(c.k.view(), c.v.view(), c.lengths, 16, page_order::tokens_first, random);
+  const auto view = paged.view();
+  Eigen::ThreadPool pool(2);
+  context ctx(pool);
+  expect_single_calls(
+      c, view,
+      [&](std::size_t n) {
+        return detail::part_of_source<paged_view<float>>(view, static_cast<index_t>(c.sequences[n]), 0, 2, c.length(n));
+      },
+      options, ctx, "trees in pages");
+}
+
 TEST(Batch, IsWhatTheOracleSays) {
   rng random(10);
   ragged_case<float> c(6, 2, 32, 16, {40, 500}, random);
@@ -323,15 +345,22 @@ TEST(Batch, RefusesWhatDoesNotFit) {
             }),
             errc::option);
   const std::vector<tensor_view<const bool, 2>> fit{{tree, {3, 3}}, {tree, {2, 2}}}, one{{tree, {3, 3}}},
-      other{{tree, {2, 3}}, {}}, null{{nullptr, {3, 3}}, {}};
+      other{{tree, {2, 3}}, {}}, null{{nullptr, {3, 3}}, {}}, none{{tree, {3, 0}}, {}},
+      wraps{{tree, {index_t{1} << 32, index_t{1} << 32}}, {}};
   EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = fit; }), errc::ok);
   EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = one; }), errc::shape);
   EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = other; }), errc::shape);
   EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = null; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = none; }), errc::shape);
+  EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = wraps; }), errc::shape);
   EXPECT_EQ(with([&](auto&, auto&, auto& o) { o.masks = fit, o.common.kv_lengths = two; }), errc::shape);
   EXPECT_THROW(
       batch_attention(c.rows(), c.offsets, cache, c.sequences, tensor_view<float, 3>(out.data(), {4, 4, 16}), {}, ctx),
       error);
+  std::vector<index_t> offsets = c.offsets;  // which an lse may not overwrite
+  const partial_state<float> over_offsets{view(out.data(), {1, 5, 4, 16}),
+                                          {reinterpret_cast<float*>(offsets.data()), {1, 5, 4}, {0, 1, 0}}};
+  EXPECT_THROW(batch_attention(c.rows(), offsets, cache, c.sequences, over_offsets, {}, ctx), error);
   EXPECT_THROW(batch_attention(view(c.q.data(), {5, 1, 4, 16}), c.offsets, cache, c.sequences,
                                view(out.data(), {5, 1, 4, 16}), {}, ctx),
                error);  // more than one batch of rows

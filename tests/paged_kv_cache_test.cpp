@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -49,6 +50,16 @@ struct history {
       x.push_back(static_cast<T>(static_cast<float>(random.normal())));
     return x;
   }
+  // Values, of which few are NaN or infinite.
+  std::vector<T> values(index_t count) {
+    std::vector<T> x = tokens(count, of.value_dim);
+    if (count > 0 && random.chance(0.05)) {
+      const auto infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+      x[static_cast<std::size_t>(random.between(0, static_cast<index_t>(x.size()) - 1))] =
+          static_cast<T>(random.chance(0.5) ? infinity : nan);
+    }
+    return x;
+  }
   std::vector<index_t> living() const {
     std::vector<index_t> all;
     for (std::size_t n = 0; n < model.size(); ++n)
@@ -76,7 +87,7 @@ struct history {
     model_sequence<T>& s = at(id);
     cache.extend(id, count);
     for (index_t layer = 0; layer < of.layers; ++layer) {
-      const auto k = tokens(count, of.dim), v = tokens(count, of.value_dim);
+      const auto k = tokens(count, of.dim), v = values(count);
       for (index_t first = 0; first < count;) {
         const index_t piece = random.between(1, count - first);
         write(layer, id, s.length + first, k.data() + first * of.kv_heads * of.dim,
@@ -96,7 +107,7 @@ struct history {
   // Tokens that there are, anew.
   void rewrite(sequence_id id, index_t position, index_t count) {
     for (index_t layer = 0; layer < of.layers; ++layer) {
-      const auto k = tokens(count, of.dim), v = tokens(count, of.value_dim);
+      const auto k = tokens(count, of.dim), v = values(count);
       write(layer, id, position, k.data(), v.data(), count);
       const auto l = static_cast<std::size_t>(layer);
       std::copy(k.begin(), k.end(), at(id).k[l].begin() + position * of.kv_heads * of.dim);
@@ -162,10 +173,13 @@ struct history {
       attention(tensor_view<const T, 4>(q.data() + offsets[i] * of.heads * of.dim, {1, queries, of.heads, of.dim}),
                 alone, view(expected.data(), {1, queries, of.heads, of.value_dim}), {.causal = true}, ctx);
       if (queries == 0) continue;
-      ASSERT_EQ(
-          std::memcmp(out.data() + offsets[i] * of.heads * of.value_dim, expected.data(), expected.size() * sizeof(T)),
-          0)
-          << "sequence " << static_cast<index_t>(sequences[i]) << " of " << s.length << ", " << queries << " queries";
+      for (std::size_t n = 0; n < expected.size(); ++n) {
+        const T x = expected[n], actual = out[static_cast<std::size_t>(offsets[i] * of.heads * of.value_dim) + n];
+        const bool is_nan = std::isnan(static_cast<double>(x));
+        ASSERT_TRUE(is_nan ? std::isnan(static_cast<double>(actual)) : std::memcmp(&actual, &x, sizeof x) == 0)
+            << "sequence " << static_cast<index_t>(sequences[i]) << " of " << s.length << ", " << queries
+            << " queries, element " << n;
+      }
     }
   }
 };

@@ -82,6 +82,23 @@ TEST(PagedView, IsWhatTheOracleSays) {
   EXPECT_TRUE(matches_oracle_over(in, paged.view(), ctx));
 }
 
+// An engine keeps one view and changes what it views.
+TEST(PagedView, FollowsItsLengths) {
+  rng random(8);
+  const operands<float, float> in(attention_case{{1, 1, 80, 4, 2, 16, 16}, with_causal, layout::bshd});
+  pages<float> paged(in.k.view(), in.v.view(), {80}, 16, page_order::tokens_first, random);
+  const auto kv = paged.view();
+  for (const index_t length : {3, 80, 17}) {
+    paged.lengths[0] = length;
+    EXPECT_EQ(kv.kv_len(), length);
+    std::vector<float> out(64), expected(64);
+    attention(in.q.view(), kv, view(out.data(), {1, 1, 4, 16}), {.causal = true});
+    attention(in.q.view(), slice(in.k.view(), 1, 0, length), slice(in.v.view(), 1, 0, length),
+              view(expected.data(), {1, 1, 4, 16}), {.causal = true});
+    EXPECT_EQ(out, expected);
+  }
+}
+
 TEST(PagedView, SharesPagesAmongSequences) {
   rng random(7);
   const operands<float, float> in(attention_case{{1, 1, 80, 4, 2, 16, 16}, with_causal, layout::bshd});
@@ -152,6 +169,12 @@ TEST(PagedView, RefusesTablesThatDoNotFit) {
   EXPECT_EQ(with([](auto& t) { t.lengths[2] = index_t{1} << 40; }), errc::length);
   EXPECT_EQ(with([&](auto& t) { t.lengths[2] = most; }), errc::length);
   EXPECT_EQ(with([&](auto& t) { t.lengths[2] = -most - 1; }), errc::length);
+  // One page of 2^52 tokens at a stride of 0, and a length whose number of pages overflows.
+  EXPECT_EQ(with([&](auto& t) {
+              t.k = t.v = {memory.data(), {1, index_t{1} << 52, 2, 8}, {0, 0, 8, 1}};
+              t.indices.assign(4096, 0), t.offsets = {0, 2, 3, 4096}, t.lengths[2] = most;
+            }),
+            errc::length);
   EXPECT_EQ(with([&](auto& t) { t.k = {memory.data(), {0, 16, 2, 8}}, t.v = t.k; }), errc::page);
   EXPECT_EQ(with([&](auto& t) { t.k = {memory.data(), {4, 0, 2, 8}}, t.v = t.k; }), errc::shape);
   EXPECT_EQ(with([&](auto& t) { t.k = {memory.data(), {4, -1, 2, 8}}, t.v = t.k; }), errc::shape);
@@ -163,7 +186,13 @@ TEST(PagedView, RefusesTablesThatDoNotFit) {
   EXPECT_EQ(with([](auto& t) { t.lengths.push_back(0), t.offsets.push_back(4); }), errc::shape);  // of four, not q's
   const paged_view<float> kv(good_pages, good_pages, indices, offsets, lengths);
   EXPECT_THROW(attention(view(q.data(), {3, 1, 4, 8}), kv, view(memory.data(), {3, 1, 4, 8})),
-               error);  // over the pages
+               error);                  // over the pages
+  std::vector<std::int32_t> table(96);  // of which an output would take the place
+  std::copy(indices.begin(), indices.end(), table.begin());
+  const paged_view<float> in_table(good_pages, good_pages, std::span(table).first(5), offsets, lengths);
+  EXPECT_THROW(
+      attention(view(q.data(), {3, 1, 4, 8}), in_table, view(reinterpret_cast<float*>(table.data()), {3, 1, 4, 8})),
+      error);
 }
 #endif
 

@@ -87,6 +87,11 @@ template <class Q, class Source, class Out>
       if (const auto f = find_overlap_fault(written, describe("k", kv.keys()))) return f;
       if (const auto f = find_overlap_fault(written, describe("v", kv.values()))) return f;
     }
+    if constexpr (requires { kv.tables(); }) {
+      for (const operand& table : kv.tables()) {
+        if (const auto f = find_overlap_fault(written, table)) return f;
+      }
+    }
     if (options.mask) {
       if (const auto f = find_overlap_fault(written, describe("options.mask", *options.mask))) return f;
     }

@@ -43,12 +43,12 @@ struct batch_options {
 
 namespace detail {
 
+inline namespace GQA_ISA {
+
 template <class T>
 concept rows_output = output_state<T> ||(rows_like<T>&& requires(T&& rows) {
   requires !std::is_const_v<typename decltype(as_rows(std::forward<T>(rows)))::element_type>;
 });
-
-inline namespace GQA_ISA {
 
 template <class KV>
 [[nodiscard]] fault find_offsets_fault(const ragged_rows& ragged, index_t total, const KV& kv) noexcept {
@@ -75,6 +75,11 @@ template <class KV>
   return {};
 }
 
+/// Whether a sequence's draft has a mask.
+[[nodiscard]] inline bool is_absent(const tensor_view<const bool, 2>& mask) noexcept {
+  return mask.extent(0) == 0 && mask.extent(1) == 0;
+}
+
 /// Which of their last q_len keys the queries of a batch's sequences see: a variant.
 class draft_masks {
  public:
@@ -89,12 +94,13 @@ class draft_masks {
     const auto& mask = masks_[static_cast<std::size_t>(p.batch)];
     const place& first = places_[static_cast<std::size_t>(p.batch)];
     const index_t key = p.key - first.key;
-    return mask.size() == 0 || key < 0 || key >= mask.extent(1) || mask(p.query - first.query, key);
+    return key < 0 || key >= mask.extent(1) || mask(p.query - first.query, key);
   }
   [[nodiscard]] visibility visible(const key_block& b) const noexcept {
-    const std::size_t n = static_cast<std::size_t>(b.batch);
-    return masks_[n].size() == 0 || b.key_end <= places_[n].key ? visibility::all : visibility::some;
+    const bool hides = hides_in(b.batch) && b.key_end > places_[static_cast<std::size_t>(b.batch)].key;
+    return hides ? visibility::some : visibility::all;
   }
+  [[nodiscard]] bool hides_in(index_t n) const noexcept { return !is_absent(masks_[static_cast<std::size_t>(n)]); }
 
  private:
   std::span<const tensor_view<const bool, 2>> masks_;
@@ -113,6 +119,12 @@ template <class Q, class KV, class Out>
   if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
     return make_fault(errc::option,
                       "options.common: expected no mask, bias or query_offsets, which a ragged batch has one by one");
+  const auto is_apart_from = [&](const operand& read) noexcept -> fault {
+    if constexpr (output_state<Out>) {
+      if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), read)) return f;
+    }
+    return find_overlap_fault(out, read);
+  };
   call_shape of_batch = of_rows;
   of_batch.batch = static_cast<index_t>(ragged.sequences.size());
   if (const auto f = find_options_fault(common, of_batch)) return f;
@@ -125,7 +137,7 @@ template <class Q, class KV, class Out>
     if (length > there)
       return make_fault(errc::length, "options.common.kv_lengths[%zu]: expected at most %lld, got %lld", n,
                         printable(there), printable(length));
-    if (options.masks.empty() || options.masks[n].size() == 0) continue;
+    if (options.masks.empty() || is_absent(options.masks[n])) continue;
     const auto& mask = options.masks[n];
     const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
     if (mask.extent(0) != rows || mask.extent(1) != rows || rows > length)
@@ -137,10 +149,10 @@ template <class Q, class KV, class Out>
     const tensor_view<const bool, 4> as_operand(mask.data(), {1, 1, rows, rows},
                                                 {0, 0, mask.stride(0), mask.stride(1)});
     if (const auto f = find_extents_fault(describe("options.masks", as_operand))) return f;
-    if (const auto f = find_overlap_fault(out, describe("options.masks", as_operand))) return f;
+    if (const auto f = is_apart_from(describe("options.masks", as_operand))) return f;
   }
   for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences)}) {
-    if (const auto f = find_overlap_fault(out, read)) return f;
+    if (const auto f = is_apart_from(read)) return f;
   }
   return find_memory_fault(q, kv, out_or_state, common);
 }
@@ -175,7 +187,7 @@ inline namespace GQA_ISA {
 /// \param sequences  [n]: of the source, in any order, repeated or not
 /// \param out        [total_q, H, E] likewise, or a partial_state of [1, total_q, H, E]
 /// \throws error     as attention() does, and (errc::range, errc::shape) for offsets and sequences that do not fit
-/// Cost: as the calls one by one, but for what threads wait; a new plan takes some 20 ns a sequence.
+/// Cost: as the calls one by one, but for what threads wait.
 template <detail::rows_like Q, kv_source KV, detail::rows_output Out>
 void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                      Out&& out, const batch_options& options, context& ctx) {

@@ -35,7 +35,7 @@ namespace gqa {
 ///                     may be anything, but a panel with NaN or infinite values says so)
 ///   find_fault()      what is wrong with the source itself; checked at the door
 /// and, where it has them:
-///   keys(), values()  views of its memory, which no output may overlap
+///   keys(), values(), tables()  views of its memory, which no output may overlap
 ///   rows(b, g, t), ahead(g, visit)
 ///                     rows from t on as they lie, of which those of valid keys are read, 16 by the kernel of few rows
 ///                     (detail/row_kernel.hpp); and the rows that it asks for meanwhile

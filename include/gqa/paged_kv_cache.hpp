@@ -36,7 +36,7 @@ inline namespace GQA_ISA {
 template <class T>
 class paged_kv_cache;
 
-/// One layer of a paged_kv_cache as a kv_source: sequence id is number id. Valid as long as the cache.
+/// One layer of a paged_kv_cache as a kv_source: sequence id is number id. Valid until the cache is moved or gone.
 template <class T>
 class paged_layer {
  public:
@@ -81,8 +81,9 @@ class paged_kv_cache {
 
   /// An empty sequence. Numbers of erased ones are given out again.
   [[nodiscard]] sequence_id create();
-  /// A sequence of the same tokens, which share pages until one of the two writes.
-  /// \throws error (errc::range) for a sequence that there is not
+  /// A sequence of the same tokens, which share pages until one of the two writes. Room that the parent has, but has
+  /// not written yet, is shared, too: whoever writes it first needs a page. \throws error (errc::range) for a sequence
+  /// that there is not
   [[nodiscard]] sequence_id fork(sequence_id parent);
 
   /// Room for more tokens in all layers, all or nothing: what they hold is whatever write() gives them. A page that is
@@ -335,7 +336,8 @@ void paged_kv_cache<T>::extend(sequence_id id, index_t tokens) {
   if (const auto f = find_extend_fault(id, tokens)) return detail::raise(f);
   paged_sequence& s = sequence(static_cast<index_t>(id));
   const index_t before = s.length, after = before + tokens;
-  s.pages.reserve(static_cast<std::size_t>(pages_for(after)));  // the only thing that may fail
+  const auto wanted = static_cast<std::size_t>(pages_for(after));
+  if (wanted > s.pages.capacity()) s.pages.reserve(std::max(wanted, 2 * s.pages.capacity()));  // all that may fail
   if (before % page_size_ != 0 && tokens > 0) {
     std::int32_t& last = s.pages.back();
     if (pool_.is_shared(last)) last = pool_.copy(last);

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -57,21 +58,26 @@ class paged_view {
         v_(detail::without_idle_strides(v_pages)),
         indices_(page_indices),
         offsets_(page_offsets),
-        lengths_(lengths) {
-    for (const index_t length : lengths) kv_len_ = std::max(kv_len_, length);
-  }
+        lengths_(lengths) {}
 
   [[nodiscard]] index_t page_size() const noexcept { return k_.extent(1); }
 
   // What makes it a kv_source (kv_source.hpp).
   [[nodiscard]] index_t batch() const noexcept { return static_cast<index_t>(lengths_.size()); }
   [[nodiscard]] index_t kv_heads() const noexcept { return k_.extent(2); }
-  [[nodiscard]] index_t kv_len() const noexcept { return kv_len_; }
+  [[nodiscard]] index_t kv_len() const noexcept {
+    return lengths_.empty() ? 0 : *std::max_element(lengths_.begin(), lengths_.end());
+  }
   [[nodiscard]] index_t head_dim() const noexcept { return k_.extent(3); }
   [[nodiscard]] index_t value_dim() const noexcept { return v_.extent(3); }
   [[nodiscard]] index_t length(index_t b) const noexcept { return lengths_[static_cast<std::size_t>(b)]; }
   [[nodiscard]] const tensor_view<const T, 4>& keys() const noexcept { return k_; }
   [[nodiscard]] const tensor_view<const T, 4>& values() const noexcept { return v_; }
+  /// The tables, which no output may overlap either.
+  [[nodiscard]] std::array<detail::operand, 3> tables() const noexcept {
+    return {detail::describe("page_indices", indices_), detail::describe("page_offsets", offsets_),
+            detail::describe("lengths", lengths_)};
+  }
   [[nodiscard]] index_t scratch_elements() const noexcept {
     return detail::tile_elements<panel_element>(head_dim(), value_dim());
   }
@@ -101,7 +107,6 @@ class paged_view {
   tensor_view<const T, 4> k_, v_;
   std::span<const std::int32_t> indices_, offsets_;
   std::span<const index_t> lengths_;
-  index_t kv_len_ = 0;
 };
 
 template <class T>
@@ -123,7 +128,7 @@ detail::fault paged_view<T>::find_fault() const noexcept {
   }
   for (std::size_t i = 0; i < n; ++i) {
     const index_t pages = offsets_[i + 1] - offsets_[i], length = lengths_[i];
-    if (length < 0 || (length > 0 && (length - 1) / page_size() >= pages))
+    if (length < 0 || length > detail::position_limit || (length > 0 && (length - 1) / page_size() >= pages))
       return make_fault(errc::length, "lengths[%zu]: expected 0 to what fits %lld pages of %lld tokens, got %lld", i,
                         printable(pages), printable(page_size()), printable(length));
     for (index_t page = 0; page < detail::ceil_div(length, page_size()); ++page) {

@@ -28,6 +28,7 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/rows.hpp>
+#include <gqa/detail/simd/packet.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -125,8 +126,8 @@ class rope {
           T& first = row[halves ? i : 2 * i];
           T& second = row[halves ? i + pairs : 2 * i + 1];
           const A u = static_cast<A>(first), v = static_cast<A>(second);
-          first = static_cast<T>(u * cosines[i] - v * sines[i]);
-          second = static_cast<T>(u * sines[i] + v * cosines[i]);
+          first = static_cast<T>(detail::scalar_madd(u, cosines[i], detail::scalar_mul(-v, sines[i])));
+          second = static_cast<T>(detail::scalar_madd(u, sines[i], detail::scalar_mul(v, cosines[i])));
         }
       }
     });
@@ -171,6 +172,7 @@ inline rope::rope(index_t head_dim, const rope_options& options) : head_dim_(hea
     return {};
   };
   if (const auto f = find_fault()) {
+    head_dim_ = 0;  // where raise() returns: what turns nothing fits no rows
     detail::raise(f);
     return;
   }

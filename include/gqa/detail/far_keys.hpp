@@ -102,8 +102,9 @@ void read_token(const Head& head, index_t t, A* key, A* value, index_t value_dim
     for (index_t d = 0; d < head.head_dim(); ++d) key[d] = static_cast<A>(row.k.at[d]);
     for (index_t e = 0; e < value_dim; ++e) value[e] = static_cast<A>(row.v.at[e]);
   } else {
-    read_token_of(head.tile(0, 0, t / tile_tokens, tile_tokens, nullptr), t % tile_tokens, head.head_dim(),
-                  head.value_dim(), key, value, value_dim);
+    const index_t tokens = std::min(tile_tokens, head.length(0) - t / tile_tokens * tile_tokens);
+    read_token_of(head.tile(0, 0, t / tile_tokens, tokens, nullptr), t % tile_tokens, head.head_dim(), head.value_dim(),
+                  key, value, value_dim);
   }
 }
 

@@ -13,6 +13,7 @@
 #include <gqa/detail/memory_piece.hpp>
 
 namespace gqa::detail {
+inline namespace GQA_ISA {
 
 template <class T>
 class page_pool {
@@ -71,4 +72,5 @@ class page_pool {
   std::vector<std::int32_t> free_;    // taken from the back
 };
 
+}  // namespace GQA_ISA
 }  // namespace gqa::detail

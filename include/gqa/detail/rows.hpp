@@ -11,6 +11,7 @@
 #include <gqa/tensor_view.hpp>
 
 namespace gqa::detail {
+inline namespace GQA_ISA {
 
 template <class T>
 inline constexpr bool is_view_3d = false;
@@ -34,4 +35,5 @@ template <rows_like T>
   }
 }
 
+}  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -7,7 +7,8 @@
 /// a hardware dot product: 2 for bfloat16, 1 for what is multiplied one by one. Both products then stream a panel from
 /// front to back: a step of q.k reads the 16 tokens' next p elements, a step of p.v reads p tokens' next 64 value
 /// columns. A tile is four panels, each anywhere in memory, so that pages of any multiple of 16 tokens can hold them.
-/// Tokens past the end are zeros, as are the elements that fill the last p of D.
+/// Elements that fill the last p of D, and columns past E, are zeros; tokens past the end may be anything, but values
+/// that are not finite are flagged.
 #pragma once
 
 #include <algorithm>

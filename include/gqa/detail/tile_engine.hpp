@@ -111,9 +111,8 @@ class tile_engine {
         rules_(p, variant),
         interval_(p.interval()),
         fetched_(fetched_of(p.shape)),
-        sees_intervals_(!p.options.mask && !hides_keys<Variant>),
-        streams_(sees_intervals_ && rules_.is_plain() && kv.scratch_elements() == 0),
-        reads_rows_(sees_intervals_ && rules_.is_plain() && has_whole_groups(kv) && takes_rows(p.shape)) {}
+        streams_(rules_.is_plain() && kv.scratch_elements() == 0),
+        reads_rows_(rules_.is_plain() && has_whole_groups(kv) && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
@@ -170,7 +169,7 @@ class tile_engine {
     // Nothing may be hidden from rows that read in place: values there cannot be kept out of a sum, were they NaN. What
     // decides is the call's shape and options; the contents of a mask would let one head's mask choose another's
     // kernel, and so its bits.
-    w.in_place = reads_rows_ && rows_of(t.b, t.g) <= block_rows;
+    w.in_place = reads_rows_ && sees_intervals(t.b) && rows_of(t.b, t.g) <= block_rows;
   }
   /// What to ask for while rows are read in place by `heads` KV heads, one after the other.
   void look_ahead(const row_tile& t, index_t heads, workspace& w) const noexcept {
@@ -192,7 +191,7 @@ class tile_engine {
   [[nodiscard]] index_t stream(const row_tile& t, key_range tiles, workspace& w,
                                const raw_states<A>& states) const noexcept {
     index_t i = tiles.begin;
-    if (!streams_ || t.rows > stream_rows<A> || i < w.whole.begin) return i;
+    if (!streams_ || !sees_intervals(t.b) || t.rows > stream_rows<A> || i < w.whole.begin) return i;
     w.all_seen = true;
     for (; i < std::min(tiles.end, w.whole.end); ++i) stream_tile(t, tile(t.b, t.g, i, nullptr), w, states);
     return i;
@@ -274,6 +273,14 @@ class tile_engine {
     kv.rows(index_t{}, index_t{}, index_t{});
     kv.ahead(index_t{}, group_visit{});
   };
+
+  /// Whether the interval rules alone decide what a sequence sees. A variant may say so of some sequences of a batch,
+  /// whose bits are then those of a call without it.
+  [[nodiscard]] bool sees_intervals(index_t b) const noexcept {
+    if (problem_.options.mask) return false;
+    if constexpr (requires { variant_.hides_in(b); }) return !variant_.hides_in(b);
+    return !hides_keys<Variant>;
+  }
 
   /// Whether 16 tokens at a multiple of 16 always lie a stride apart, for the kernel of few rows.
   [[nodiscard]] static bool has_whole_groups(const Source& kv) noexcept {
@@ -560,9 +567,8 @@ class tile_engine {
   score_rules<A, L, Variant> rules_;
   interval_rule interval_;
   fetched_bytes fetched_;
-  bool sees_intervals_;  // whether the interval rules alone decide what is seen
-  bool streams_;         // whether few rows stream tiles, which lie in memory then
-  bool reads_rows_;      // whether few rows read rows of tensors in place
+  bool streams_;     // whether few rows stream tiles, which lie in memory then
+  bool reads_rows_;  // whether few rows read rows of tensors in place
 };
 
 }  // namespace GQA_ISA
