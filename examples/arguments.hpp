@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Numbers and files of command lines.
+// Numbers of command lines.
 #pragma once
 
 #include <charconv>
-#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -34,11 +33,6 @@ std::vector<T> numbers(std::string_view name, std::string_view text, T least, T 
     if (text.empty()) throw std::invalid_argument(std::string(name) + ": a number is missing after the last comma");
   }
   return values;
-}
-
-// Better known before hours of work than after them.
-inline void require_writable(const std::string& path) {
-  if (!std::ofstream(path, std::ios::app)) throw std::runtime_error(path + ": cannot be written");
 }
 
 }  // namespace example

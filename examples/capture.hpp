@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "files.hpp"
 #include "npy.hpp"
 
 namespace example {
@@ -63,7 +64,7 @@ class capture {
     for (const std::vector<float>& layer : layers_)
       file.write(reinterpret_cast<const char*>(layer.data()),
                  static_cast<std::streamsize>(layer.size() * sizeof(float)));
-    if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
+    require_written(file, path);
   }
 
   [[nodiscard]] static capture read(const std::string& path) {

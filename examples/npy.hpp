@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <fstream>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "files.hpp"
 
 namespace example {
 
@@ -31,7 +32,7 @@ inline void write_npy(const std::string& path, std::span<const float> values, st
   std::ofstream file(path, std::ios::binary);
   file << npy_header("'<f4'", shape);
   file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size_bytes()));
-  if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
+  require_written(file, path);
 }
 
 }  // namespace example

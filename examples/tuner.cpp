@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
-#include <memory>
 #include <optional>
 #include <random>
 #include <stdexcept>
@@ -19,6 +18,8 @@
 #include "../bench/support/stopwatch.hpp"
 #include "arguments.hpp"
 #include "capture.hpp"
+#include "files.hpp"
+#include "program.hpp"
 #include "progress.hpp"
 
 namespace {
@@ -253,7 +254,7 @@ void plot(const std::string& path, const std::vector<choice>& all, const std::ve
   }
   std::ofstream file(path);
   file << svg << "</svg>\n";
-  if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
+  example::require_written(file, path);
 }
 
 void run(const options& o) {
@@ -263,22 +264,20 @@ void run(const options& o) {
   const index_t tokens = std::min(o.tokens.value_or(in.tokens()), in.tokens());
   if (o.layer && *o.layer >= in.layers())
     throw std::invalid_argument("--layer: expected one below " + std::to_string(in.layers()));
-  std::unique_ptr<Eigen::ThreadPool> pool;
-  if (o.threads > 1) pool = std::make_unique<Eigen::ThreadPool>(o.threads);
-  const auto ctx = pool ? std::make_unique<gqa::context>(*pool) : std::make_unique<gqa::context>();
+  example::workers workers(o.threads);
 
   const index_t first = o.layer.value_or(0), end = o.layer ? first + 1 : in.layers();
   const example::progress tell(stderr);
   std::vector<float> exact(static_cast<std::size_t>(tokens * in.q_heads() * in.dim()));
   for (index_t layer = first; layer < end; ++layer) {
     gqa::attention(in.queries(layer, tokens), in.keys(layer, tokens), in.values(layer, tokens),
-                   gqa::view(exact.data(), {1, tokens, in.q_heads(), in.dim()}), {.causal = true}, *ctx);
+                   gqa::view(exact.data(), {1, tokens, in.q_heads(), in.dim()}), {.causal = true}, workers.ctx());
     if (!std::all_of(exact.begin(), exact.end(), [](float x) { return std::isfinite(x); }))
       throw std::runtime_error(o.capture + ": layer " + std::to_string(layer) + " gives NaN or infinity");
     for (std::size_t i = 0; i < all.size(); ++i) {
       tell.show("layer " + std::to_string(layer) + ", " + std::to_string(i + 1) + " of " + std::to_string(all.size()) +
                 ": " + all[i].name() + " ...");
-      measure(all[i], in, layer, tokens, o.rounds, exact, *ctx);
+      measure(all[i], in, layer, tokens, o.rounds, exact, workers.ctx());
     }
   }
   tell.done();
@@ -297,16 +296,5 @@ void run(const options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    const auto o = parse(argc, argv);
-    if (!o) {
-      std::fputs(usage, stdout);
-      return 0;
-    }
-    run(*o);
-  } catch (const std::exception& problem) {
-    std::fprintf(stderr, "gqa_tuner: %s\n", problem.what());
-    return 2;
-  }
-  return 0;
+  return example::run_program("gqa_tuner", usage, argc, argv, parse, run);
 }

@@ -78,10 +78,10 @@ struct rows_result {
         lse(static_cast<std::size_t>(std::max<index_t>(rows * heads, 1)), 9) {}
 };
 
-// The batch over a source, beside its sequences one by one over another source of one sequence.
-template <class T, class KV, class SourceOf>
-void expect_single_calls(const ragged_case<T>& c, const KV& kv, const SourceOf& source_of, const batch_options& options,
-                         context& ctx, const std::string& what) {
+// The batch over a source, beside each of its sequences alone.
+template <class T, class KV>
+void expect_single_calls(const ragged_case<T>& c, const KV& kv, const batch_options& options, context& ctx,
+                         const std::string& what) {
   rows_result<T> batch(c.total(), c.heads, c.value_dim);
   const partial_state<T> state{tensor_view<T, 4>(batch.out.data(), {1, c.total(), c.heads, c.value_dim}),
                                tensor_view<accumulator_t<T>, 3>(batch.lse.data(), {1, c.total(), c.heads})};
@@ -97,26 +97,27 @@ void expect_single_calls(const ragged_case<T>& c, const KV& kv, const SourceOf& 
     one.kv_lengths = {};
     if (!options.common.kv_lengths.empty()) one.kv_lengths = options.common.kv_lengths.subspan(n, 1);
     if (!options.query_offsets.empty()) one.query_offsets = options.query_offsets.subspan(n, 1);
-    const index_t queries = c.queries(n);
-    const index_t length = one.kv_lengths.empty() ? c.length(n) : one.kv_lengths[0];
+    const index_t queries = c.queries(n), keys = kv.length(static_cast<index_t>(c.sequences[n]));
+    const index_t length = one.kv_lengths.empty() ? keys : one.kv_lengths[0];
     // A draft's mask as a mask of the whole sequence.
-    std::vector<char> seen(static_cast<std::size_t>(std::max<index_t>(queries * c.length(n), 1)), 1);
+    std::vector<char> seen(static_cast<std::size_t>(std::max<index_t>(queries * keys, 1)), 1);
     if (!options.masks.empty() && options.masks[n].size() > 0) {
       for (index_t i = 0; i < queries; ++i)
         for (index_t j = 0; j < queries; ++j)
-          seen[static_cast<std::size_t>(i * c.length(n) + length - queries + j)] = options.masks[n](i, j);
-      one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, queries, c.length(n)});
+          seen[static_cast<std::size_t>(i * keys + length - queries + j)] = options.masks[n](i, j);
+      one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, queries, keys});
     }
     rows_result<T> expected(queries, c.heads, c.value_dim);
     const partial_state<T> to{tensor_view<T, 4>(expected.out.data(), {1, queries, c.heads, c.value_dim}),
                               tensor_view<accumulator_t<T>, 3>(expected.lse.data(), {1, queries, c.heads})};
     context alone;
-    attention(c.rows_of(n), source_of(n), to, one, alone);
+    const detail::part_of_source<KV> own(kv, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads, keys);
+    attention(c.rows_of(n), own, to, one, alone);
     const index_t first = c.offsets[n] * c.heads;
     if (queries == 0) continue;
     ASSERT_EQ(std::memcmp(batch.out.data() + first * c.value_dim, expected.out.data(), expected.out.size() * sizeof(T)),
               0)
-        << what << ", sequence " << n << " of " << queries << " queries over " << c.length(n);
+        << what << ", sequence " << n << " of " << queries << " queries over " << keys;
     ASSERT_EQ(std::memcmp(batch.lse.data() + first, expected.lse.data(), expected.lse.size() * sizeof(batch.lse[0])), 0)
         << what << ", lse of sequence " << n;
   }
@@ -162,20 +163,12 @@ void expect_any_batch(index_t rounds, std::uint64_t seed) {
     if (random.chance(0.3)) options.query_offsets = offsets;
     const auto cache = c.cache();
     context& ctx = random.chance(0.5) ? serial : threads;
-    const auto in_cache = [&](std::size_t n) {
-      return detail::part_of_source<kv_cache<T>>(cache, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads,
-                                                 c.length(n));
-    };
-    expect_single_calls(c, cache, in_cache, options, ctx, what + ", cache");
+    expect_single_calls(c, cache, options, ctx, what + ", cache");
+    expect_single_calls(c, kv_view(c.k.view(), c.v.view()), options, ctx, what + ", tensors");
     const auto order = random.chance(0.5) ? page_order::tokens_first : page_order::heads_first;
     const index_t page_size = random.chance(0.5) ? 16 : random.between(1, 70);
     pages<T> paged(c.k.view(), c.v.view(), c.lengths, page_size, order, random);
-    const auto view = paged.view();
-    const auto in_pages = [&](std::size_t n) {
-      return detail::part_of_source<paged_view<T>>(view, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads,
-                                                   c.length(n));
-    };
-    expect_single_calls(c, view, in_pages, options, ctx, what + ", pages of " + std::to_string(page_size));
+    expect_single_calls(c, paged.view(), options, ctx, what + ", pages of " + std::to_string(page_size));
   }
 }
 TEST(Batch, HasTheBitsOfSingleCalls) {
@@ -216,12 +209,7 @@ TEST(Batch, TakesTreesOfDrafts) {
   options.masks = masks;
   const auto cache = c.cache();
   context ctx;
-  expect_single_calls(
-      c, cache,
-      [&](std::size_t n) {
-        return detail::part_of_source<kv_cache<float>>(cache, static_cast<index_t>(c.sequences[n]), 0, 2, c.length(n));
-      },
-      options, ctx, "trees");
+  expect_single_calls(c, cache, options, ctx, "trees");
 }
 
 // A draft's mask does not send its neighbours to another kernel: one of them reads pages in place, as it does alone.
@@ -235,15 +223,9 @@ TEST(Batch, KeepsTreesToTheirSequences) {
   options.common.causal = true;
   options.masks = masks;
   pages<float> paged(c.k.view(), c.v.view(), c.lengths, 16, page_order::tokens_first, random);
-  const auto view = paged.view();
   Eigen::ThreadPool pool(2);
   context ctx(pool);
-  expect_single_calls(
-      c, view,
-      [&](std::size_t n) {
-        return detail::part_of_source<paged_view<float>>(view, static_cast<index_t>(c.sequences[n]), 0, 2, c.length(n));
-      },
-      options, ctx, "trees in pages");
+  expect_single_calls(c, paged.view(), options, ctx, "trees in pages");
 }
 
 TEST(Batch, IsWhatTheOracleSays) {

@@ -8,7 +8,6 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -20,6 +19,8 @@
 
 #include "../arguments.hpp"
 #include "../capture.hpp"
+#include "../files.hpp"
+#include "../program.hpp"
 #include "checkpoint.hpp"
 #include "generate.hpp"
 #include "model.hpp"
@@ -155,12 +156,10 @@ void run(const options& o) {
   const llama::tokenizer pieces(o.tokenizer, weights.sizes().vocab_size);
   const int steps = o.loss.empty() ? std::min(o.steps, weights.sizes().max_positions) : o.steps;
 
-  std::unique_ptr<Eigen::ThreadPool> pool;
-  if (o.threads > 1) pool = std::make_unique<Eigen::ThreadPool>(o.threads);
-  const auto ctx = pool ? std::make_unique<gqa::context>(*pool) : std::make_unique<gqa::context>();
+  example::workers workers(o.threads);
   const llama::config& sizes = weights.sizes();
   example::capture captured(sizes.layers, sizes.q_heads, sizes.kv_heads, sizes.head_dim());
-  llama::model model(weights, steps, *ctx, o.attention);
+  llama::model model(weights, steps, workers.ctx(), o.attention);
   llama::sampler sample(o.temperature, o.seed);
   if (!o.capture.empty()) {
     example::require_writable(o.capture);
@@ -192,16 +191,5 @@ void run(const options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    const auto o = parse(argc, argv);
-    if (!o) {
-      std::fputs(usage, stdout);
-      return 0;
-    }
-    run(*o);
-  } catch (const std::exception& problem) {
-    std::fprintf(stderr, "gqa_llama: %s\n", problem.what());
-    return 2;
-  }
-  return 0;
+  return example::run_program("gqa_llama", usage, argc, argv, parse, run);
 }

@@ -75,45 +75,48 @@ constexpr void require_dtypes() noexcept {
 
 inline namespace GQA_ISA {
 
+/// What is read is apart from what is written.
+template <class Out>
+[[nodiscard]] fault find_overlap_with(const Out& out_or_state, const operand& read) noexcept {
+  if constexpr (output_state<Out>) {
+    if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), read)) return f;
+  }
+  return find_overlap_fault(describe("out", output_view(out_or_state)), read);
+}
+
 /// Memory that is written is apart from all that is read, and no element of it at two places.
 template <class Q, class Source, class Out>
 [[nodiscard]] fault find_memory_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
                                       const attention_options& options) noexcept {
-  const auto out_view = output_view(out_or_state);
-  const operand queries = describe("q", q), out = describe("out", out_view);
-  const auto find_overlap = [&](const operand& written) noexcept -> fault {
-    if (const auto f = find_overlap_fault(written, queries)) return f;
-    if constexpr (requires { kv.keys(); }) {
-      if (const auto f = find_overlap_fault(written, describe("k", kv.keys()))) return f;
-      if (const auto f = find_overlap_fault(written, describe("v", kv.values()))) return f;
-    }
-    if constexpr (requires { kv.tables(); }) {
-      for (const operand& table : kv.tables()) {
-        if (const auto f = find_overlap_fault(written, table)) return f;
-      }
-    }
-    if (options.mask) {
-      if (const auto f = find_overlap_fault(written, describe("options.mask", *options.mask))) return f;
-    }
-    if (options.bias) {
-      if (const auto f = find_overlap_fault(written, describe("options.bias", *options.bias))) return f;
-    }
-    for (const operand& o :
-         {describe("options.query_offsets", options.query_offsets),
-          describe("options.alibi_slopes", options.alibi_slopes), describe("options.sinks", options.sinks),
-          describe("options.kv_lengths", options.kv_lengths),
-          describe("options.group_offsets", options.group_offsets)}) {
-      if (const auto f = find_overlap_fault(written, o)) return f;
-    }
-    return {};
-  };
   if constexpr (output_state<Out>) {
-    if (const auto f = find_lse_fault("out", out_or_state.lse, out_view)) return f;
-    const operand lse = describe_lse("out.lse", out_or_state.lse);
-    if (const auto f = find_overlap_fault(lse, out)) return f;
-    if (const auto f = find_overlap(lse)) return f;
+    const auto out = output_view(out_or_state);
+    if (const auto f = find_lse_fault("out", out_or_state.lse, out)) return f;
+    if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), describe("out", out))) return f;
   }
-  return find_overlap(out);
+  const auto find_overlap = [&](const operand& read) noexcept { return find_overlap_with(out_or_state, read); };
+  if (const auto f = find_overlap(describe("q", q))) return f;
+  if constexpr (requires { kv.keys(); }) {
+    if (const auto f = find_overlap(describe("k", kv.keys()))) return f;
+    if (const auto f = find_overlap(describe("v", kv.values()))) return f;
+  }
+  if constexpr (requires { kv.tables(); }) {
+    for (const operand& table : kv.tables()) {
+      if (const auto f = find_overlap(table)) return f;
+    }
+  }
+  if (options.mask) {
+    if (const auto f = find_overlap(describe("options.mask", *options.mask))) return f;
+  }
+  if (options.bias) {
+    if (const auto f = find_overlap(describe("options.bias", *options.bias))) return f;
+  }
+  for (const operand& o :
+       {describe("options.query_offsets", options.query_offsets),
+        describe("options.alibi_slopes", options.alibi_slopes), describe("options.sinks", options.sinks),
+        describe("options.kv_lengths", options.kv_lengths), describe("options.group_offsets", options.group_offsets)}) {
+    if (const auto f = find_overlap(o)) return f;
+  }
+  return {};
 }
 
 /// All checks of a call.
@@ -128,9 +131,8 @@ template <class Q, class Source, class Out>
   if (const auto f = find_shape_fault(queries, out, shape)) return f;
   if (const auto f = find_options_fault(options, shape)) return f;
   for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
-    if (options.kv_lengths[static_cast<std::size_t>(b)] > kv.length(b))
-      return make_fault(errc::length, "options.kv_lengths[%lld]: expected at most %lld, got %lld", printable(b),
-                        printable(kv.length(b)), printable(options.kv_lengths[static_cast<std::size_t>(b)]));
+    const index_t said = options.kv_lengths[static_cast<std::size_t>(b)];
+    if (const auto f = find_kv_length_fault("options.kv_lengths", b, said, kv.length(b))) return f;
   }
   return find_memory_fault(q, kv, out_or_state, options);
 }

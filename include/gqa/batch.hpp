@@ -9,7 +9,6 @@
 /// A row has the bits that it has in a call by itself.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <type_traits>
@@ -50,20 +49,13 @@ concept rows_output = output_state<T> ||(rows_like<T>&& requires(T&& rows) {
   requires !std::is_const_v<typename decltype(as_rows(std::forward<T>(rows)))::element_type>;
 });
 
+/// Offsets of `total` rows, and sequences that there are.
 template <class KV>
-[[nodiscard]] fault find_offsets_fault(const ragged_rows& ragged, index_t total, const KV& kv) noexcept {
-  const std::span<const index_t> offsets = ragged.q_offsets;
-  if (offsets.size() != ragged.sequences.size() + 1)
+[[nodiscard]] fault find_ragged_fault(const ragged_rows& ragged, index_t total, const KV& kv) noexcept {
+  if (ragged.q_offsets.size() != ragged.sequences.size() + 1)
     return make_fault(errc::shape, "q_offsets: expected %zu entries (one more than sequences), got %zu",
-                      ragged.sequences.size() + 1, offsets.size());
-  index_t before = 0;
-  for (std::size_t n = 0; n < offsets.size(); ++n) {
-    const bool is_end = n + 1 == offsets.size();
-    if (offsets[n] < before || offsets[n] > total || (n == 0 && offsets[n] != 0) || (is_end && offsets[n] != total))
-      return make_fault(errc::range, "q_offsets[%zu]: expected 0 ascending to %lld (the rows of q), got %lld", n,
-                        printable(total), printable(offsets[n]));
-    before = offsets[n];
-  }
+                      ragged.sequences.size() + 1, ragged.q_offsets.size());
+  if (const auto f = find_offsets_fault("q_offsets", ragged.q_offsets, total)) return f;
   for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
     const auto id = static_cast<index_t>(ragged.sequences[n]);
     bool is_there = id >= 0 && id < kv.batch();
@@ -115,16 +107,10 @@ template <class Q, class KV, class Out>
   const operand queries = describe("q", q), out = describe("out", output_view(out_or_state));
   const call_shape of_rows{1, q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()};
   if (const auto f = find_shape_fault(queries, out, of_rows)) return f;
-  if (const auto f = find_offsets_fault(ragged, q.extent(1), kv)) return f;
+  if (const auto f = find_ragged_fault(ragged, q.extent(1), kv)) return f;
   if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
     return make_fault(errc::option,
                       "options.common: expected no mask, bias or query_offsets, which a ragged batch has one by one");
-  const auto is_apart_from = [&](const operand& read) noexcept -> fault {
-    if constexpr (output_state<Out>) {
-      if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), read)) return f;
-    }
-    return find_overlap_fault(out, read);
-  };
   call_shape of_batch = of_rows;
   of_batch.batch = static_cast<index_t>(ragged.sequences.size());
   if (const auto f = find_options_fault(common, of_batch)) return f;
@@ -134,9 +120,8 @@ template <class Q, class KV, class Out>
   for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
     const index_t there = kv.length(static_cast<index_t>(ragged.sequences[n]));
     const index_t length = common.kv_lengths.empty() ? there : common.kv_lengths[n];
-    if (length > there)
-      return make_fault(errc::length, "options.common.kv_lengths[%zu]: expected at most %lld, got %lld", n,
-                        printable(there), printable(length));
+    if (const auto f = find_kv_length_fault("options.common.kv_lengths", static_cast<index_t>(n), length, there))
+      return f;
     if (options.masks.empty() || is_absent(options.masks[n])) continue;
     const auto& mask = options.masks[n];
     const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
@@ -149,10 +134,10 @@ template <class Q, class KV, class Out>
     const tensor_view<const bool, 4> as_operand(mask.data(), {1, 1, rows, rows},
                                                 {0, 0, mask.stride(0), mask.stride(1)});
     if (const auto f = find_extents_fault(describe("options.masks", as_operand))) return f;
-    if (const auto f = is_apart_from(describe("options.masks", as_operand))) return f;
+    if (const auto f = find_overlap_with(out_or_state, describe("options.masks", as_operand))) return f;
   }
   for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences)}) {
-    if (const auto f = is_apart_from(read)) return f;
+    if (const auto f = find_overlap_with(out_or_state, read)) return f;
   }
   return find_memory_fault(q, kv, out_or_state, common);
 }

@@ -14,7 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -182,15 +181,14 @@ kv_cache<T>::kv_cache(index_t batch, index_t kv_heads, index_t capacity, index_t
 template <class T>
 detail::fault kv_cache<T>::build(index_t batch, index_t kv_heads, index_t capacity, index_t head_dim, index_t value_dim,
                                  std::pmr::memory_resource* memory) noexcept {
-  const auto too_small = [](const char* name, index_t least, index_t actual) {
-    return detail::make_fault(errc::shape, "kv_cache: expected %s >= %lld, got %lld", name, detail::printable(least),
-                              detail::printable(actual));
+  const auto find_least = [](const char* name, index_t least, index_t actual) {
+    return detail::find_least_fault("kv_cache", name, least, actual);
   };
-  if (batch < 0) return too_small("batch", 0, batch);
-  if (kv_heads < 0) return too_small("kv_heads", 0, kv_heads);
-  if (capacity < 0) return too_small("capacity", 0, capacity);
-  if (head_dim < 1) return too_small("head_dim", 1, head_dim);
-  if (value_dim < 1) return too_small("value_dim", 1, value_dim);
+  if (const auto f = find_least("batch", 0, batch)) return f;
+  if (const auto f = find_least("kv_heads", 0, kv_heads)) return f;
+  if (const auto f = find_least("capacity", 0, capacity)) return f;
+  if (const auto f = find_least("head_dim", 1, head_dim)) return f;
+  if (const auto f = find_least("value_dim", 1, value_dim)) return f;
 
   // At least 1 each: beside an extent of 0 a huge one would pass, and overflow in the products below.
   const auto size = [](index_t n) { return static_cast<double>(std::max<index_t>(n, 1)); };
@@ -215,12 +213,9 @@ template <class T>
 template <class K, class V>
 detail::fault kv_cache<T>::find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
                                              const tensor_view<V, 4>& v) const noexcept {
-  const detail::operand keys = detail::describe("k", k), values = detail::describe("v", v);
-  if (const auto f = detail::find_kv_fault(keys, values)) return f;
-  if (const auto f = detail::find_extent_fault(keys, 0, count, "the sequences appended to")) return f;
-  if (const auto f = detail::find_extent_fault(keys, 2, kv_heads_, "the cache's heads")) return f;
-  if (const auto f = detail::find_extent_fault(keys, 3, head_dim_, "the cache's head dim")) return f;
-  if (const auto f = detail::find_extent_fault(values, 3, value_dim_, "the cache's value dim")) return f;
+  if (const auto f = detail::find_token_rows_fault(detail::describe("k", k), detail::describe("v", v), count, kv_heads_,
+                                                   head_dim_, value_dim_))
+    return f;
   for (index_t b = first; b < first + count; ++b) {
     const index_t room = capacity_ - lengths_[b];
     if (k.extent(1) > room)
@@ -234,33 +229,30 @@ detail::fault kv_cache<T>::find_append_fault(index_t first, index_t count, const
 template <class T>
 template <class K, class V>
 void kv_cache<T>::append_to(index_t first, index_t count, const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) {
-  const auto is_taken = []<class U>(const U*) { return std::is_same_v<U, T> || std::is_same_v<U, float>; };
-  static_assert(is_taken(static_cast<K*>(nullptr)) && is_taken(static_cast<V*>(nullptr)),
+  static_assert(detail::is_taken_by_cache_of<K, T> && detail::is_taken_by_cache_of<V, T>,
                 "gqa: a kv_cache takes what it holds, or float");
   if (const auto f = find_append_fault(first, count, k, v)) return detail::raise(f);
   const auto keys = detail::without_idle_strides(k);
   const auto values = detail::without_idle_strides(v);
-  constexpr index_t panel_tokens = detail::panel_tokens;
   for (index_t b = first; b < first + count; ++b) {
     const index_t before = lengths_[b], after = before + k.extent(1);
     for (index_t g = 0; g < kv_heads_; ++g) {
-      for (index_t t = before; t < after;) {  // panel by panel
-        const index_t panel = t / panel_tokens * panel_tokens, in_tile = panel % detail::tile_tokens / panel_tokens;
-        const detail::panel_range tokens{t - panel, std::min(after - panel, panel_tokens)};
-        const index_t at = tile_index(b, g, t / detail::tile_tokens);
+      detail::for_each_panel(before, after, [&](index_t panel, detail::panel_range tokens) {
+        const index_t row = panel + tokens.begin - before;
+        const index_t at = tile_index(b, g, panel / detail::tile_tokens);
+        const index_t in_tile = panel % detail::tile_tokens / detail::panel_tokens;
         T* const to = tiles_ + at * tile_elements();
         T* const to_values = to + detail::tile_panels * detail::key_panel_elements<T>(head_dim_);
-        detail::pack_key_panel(&keys(b - first, t - before, g, 0), keys.stride(1), tokens, head_dim_,
+        detail::pack_key_panel(&keys(b - first, row, g, 0), keys.stride(1), tokens, head_dim_,
                                to + in_tile * detail::key_panel_elements<T>(head_dim_));
         const bool nonfinite =
-            detail::pack_value_panel(&values(b - first, t - before, g, 0), values.stride(1), tokens, value_dim_,
+            detail::pack_value_panel(&values(b - first, row, g, 0), values.stride(1), tokens, value_dim_,
                                      to_values + in_tile * detail::value_panel_elements(value_dim_));
         const auto bit = static_cast<std::uint8_t>(1u << in_tile);
         std::uint8_t& flags = nonfinite_[at];
-        if (tokens.begin == 0) flags = static_cast<std::uint8_t>(flags & ~bit);  // what was there before is gone
+        if (tokens.starts) flags = static_cast<std::uint8_t>(flags & ~bit);  // what was there before is gone
         if (nonfinite) flags = static_cast<std::uint8_t>(flags | bit);
-        t = panel + tokens.end;
-      }
+      });
     }
     lengths_[b] = after;
   }

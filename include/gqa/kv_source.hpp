@@ -6,9 +6,7 @@
 /// stores its memory as tiles returns pointers into it; one that does not packs a tile into the scratch it is given.
 #pragma once
 
-#include <algorithm>
 #include <concepts>
-#include <cstdlib>
 #include <type_traits>
 #include <utility>
 
@@ -18,7 +16,6 @@
 #include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -71,9 +68,7 @@ class dense_kv {
 
  public:
   using element = K;
-  /// Packed once and read often: as accumulators, but for pairs that an instruction multiplies.
-  using panel_element = std::conditional_t<std::is_same_v<K, V> && detail::has_dot<K>, K,
-                                           std::common_type_t<accumulator_t<K>, accumulator_t<V>>>;
+  using panel_element = detail::packed_element<K, V>;
 
   dense_kv(tensor_view<const K, 4> k, tensor_view<const V, 4> v) noexcept
       : k_(detail::without_idle_strides(k)), v_(detail::without_idle_strides(v)) {}
@@ -103,9 +98,7 @@ class dense_kv {
     return batch() <= 1 || (k_.stride(0) == 0 && v_.stride(0) == 0);
   }
   /// Whether a token's heads are nearer to each other than a head's tokens: then all heads of a tile are read together.
-  [[nodiscard]] bool heads_lie_together() const noexcept {
-    return std::abs(k_.stride(2)) < std::abs(k_.stride(1)) && kv_heads() > 1;
-  }
+  [[nodiscard]] bool heads_lie_together() const noexcept { return detail::heads_lie_together(k_); }
   /// The rows themselves, tokens [first, first + 16), all of which there must be: what decode reads in place.
   [[nodiscard]] detail::kv_rows<K, V> rows(index_t b, index_t g, index_t first) const noexcept {
     return {{&k_(b, first, g, 0), k_.stride(1)}, {&v_(b, first, g, 0), v_.stride(1)}};

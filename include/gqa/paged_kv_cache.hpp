@@ -15,9 +15,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory_resource>
-#include <new>
 #include <span>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -112,7 +110,7 @@ class paged_kv_cache {
     if (const auto f = find_rows_fault(id, keys, values)) return detail::raise(f);
     const index_t position = length(id);
     if (const auto f = find_extend_fault(id, keys.extent(1))) return detail::raise(f);
-    extend(id, keys.extent(1));
+    grow(sequence(static_cast<index_t>(id)), keys.extent(1));
     write_rows(0, sequence(static_cast<index_t>(id)), position, keys, values);
   }
 
@@ -206,6 +204,8 @@ class paged_kv_cache {
   template <class K, class V>
   [[nodiscard]] detail::fault find_write_fault(index_t layer, sequence_id id, index_t position,
                                                const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) const noexcept;
+  /// extend(), once it has been found possible.
+  void grow(paged_sequence& s, index_t tokens);
   /// Pages that a sequence of `length` tokens has.
   [[nodiscard]] index_t pages_for(index_t length) const noexcept { return detail::ceil_div(length, page_size_); }
   /// Shared pages that tokens [begin, end) of a sequence lie in.
@@ -228,15 +228,14 @@ paged_kv_cache<T>::paged_kv_cache(index_t layers, index_t pages, index_t page_si
                                   index_t value_dim, std::pmr::memory_resource* memory) {
   if (value_dim == -1) value_dim = head_dim;
   const auto find_fault = [&]() -> detail::fault {
-    const auto too_small = [](const char* name, index_t least, index_t actual) {
-      return detail::make_fault(errc::shape, "paged_kv_cache: expected %s >= %lld, got %lld", name,
-                                detail::printable(least), detail::printable(actual));
+    const auto find_least = [](const char* name, index_t least, index_t actual) {
+      return detail::find_least_fault("paged_kv_cache", name, least, actual);
     };
-    if (layers < 1) return too_small("layers", 1, layers);
-    if (pages < 0) return too_small("pages", 0, pages);
-    if (kv_heads < 1) return too_small("kv_heads", 1, kv_heads);
-    if (head_dim < 1) return too_small("head_dim", 1, head_dim);
-    if (value_dim < 1) return too_small("value_dim", 1, value_dim);
+    if (const auto f = find_least("layers", 1, layers)) return f;
+    if (const auto f = find_least("pages", 0, pages)) return f;
+    if (const auto f = find_least("kv_heads", 1, kv_heads)) return f;
+    if (const auto f = find_least("head_dim", 1, head_dim)) return f;
+    if (const auto f = find_least("value_dim", 1, value_dim)) return f;
     if (page_size < 1 || page_size % detail::panel_tokens != 0)
       return detail::make_fault(errc::shape, "paged_kv_cache: expected a page_size that is a multiple of 16, got %lld",
                                 detail::printable(page_size));
@@ -334,7 +333,11 @@ detail::fault paged_kv_cache<T>::own_pages(paged_sequence& s, index_t position, 
 template <class T>
 void paged_kv_cache<T>::extend(sequence_id id, index_t tokens) {
   if (const auto f = find_extend_fault(id, tokens)) return detail::raise(f);
-  paged_sequence& s = sequence(static_cast<index_t>(id));
+  grow(sequence(static_cast<index_t>(id)), tokens);
+}
+
+template <class T>
+void paged_kv_cache<T>::grow(paged_sequence& s, index_t tokens) {
   const index_t before = s.length, after = before + tokens;
   const auto wanted = static_cast<std::size_t>(pages_for(after));
   if (wanted > s.pages.capacity()) s.pages.reserve(std::max(wanted, 2 * s.pages.capacity()));  // all that may fail
@@ -366,12 +369,8 @@ template <class K, class V>
 detail::fault paged_kv_cache<T>::find_rows_fault(sequence_id id, const tensor_view<K, 4>& k,
                                                  const tensor_view<V, 4>& v) const noexcept {
   if (const auto f = find_sequence_fault(id)) return f;
-  const detail::operand keys = detail::describe("k", k), values = detail::describe("v", v);
-  if (const auto f = detail::find_kv_fault(keys, values)) return f;
-  if (const auto f = detail::find_extent_fault(keys, 0, 1, "one sequence")) return f;
-  if (const auto f = detail::find_extent_fault(keys, 2, kv_heads_, "the cache's heads")) return f;
-  if (const auto f = detail::find_extent_fault(keys, 3, head_dim_, "the cache's head dim")) return f;
-  return detail::find_extent_fault(values, 3, value_dim_, "the cache's value dim");
+  return detail::find_token_rows_fault(detail::describe("k", k), detail::describe("v", v), 1, kv_heads_, head_dim_,
+                                       value_dim_);
 }
 
 template <class T>
@@ -393,23 +392,20 @@ template <class T>
 template <class K, class V>
 void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index_t position, const tensor_view<K, 4>& k,
                                    const tensor_view<V, 4>& v) noexcept {
-  const auto is_taken = []<class U>(const U*) { return std::is_same_v<U, T> || std::is_same_v<U, float>; };
-  static_assert(is_taken(static_cast<K*>(nullptr)) && is_taken(static_cast<V*>(nullptr)),
+  static_assert(detail::is_taken_by_cache_of<K, T> && detail::is_taken_by_cache_of<V, T>,
                 "gqa: a paged_kv_cache takes what it holds, or float");
-  const index_t end = position + k.extent(1);
   for (index_t g = 0; g < kv_heads_; ++g) {
-    for (index_t t = position; t < end;) {  // panel by panel
-      const index_t first = t / detail::panel_tokens * detail::panel_tokens;
-      const detail::panel_range tokens{t - first, std::min(end - first, detail::panel_tokens), false};
-      const panel at = panel_at(s, layer, g, t);
-      detail::pack_key_panel(&k(0, t - position, g, 0), k.stride(1), tokens, head_dim_, pool_.elements() + at.key_at);
-      const bool nonfinite = detail::pack_value_panel(&v(0, t - position, g, 0), v.stride(1), tokens, value_dim_,
-                                                      pool_.elements() + at.value_at);
+    detail::for_each_panel(position, position + k.extent(1), [&](index_t first, detail::panel_range tokens) {
+      tokens.starts = false;  // others may have been written before
+      const index_t row = first + tokens.begin - position;
+      const panel at = panel_at(s, layer, g, first);
+      detail::pack_key_panel(&k(0, row, g, 0), k.stride(1), tokens, head_dim_, pool_.elements() + at.key_at);
+      const bool nonfinite =
+          detail::pack_value_panel(&v(0, row, g, 0), v.stride(1), tokens, value_dim_, pool_.elements() + at.value_at);
       std::uint8_t& flag = pool_.flags()[at.flag];
       if (tokens.end - tokens.begin == detail::panel_tokens) flag = 0;
       if (nonfinite) flag = 1;
-      t = first + tokens.end;
-    }
+    });
   }
 }
 

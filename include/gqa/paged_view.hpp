@@ -16,16 +16,13 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <span>
-#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
@@ -40,7 +37,7 @@ class paged_view {
 
  public:
   using element = T;
-  using panel_element = std::conditional_t<detail::has_dot<T>, T, accumulator_t<T>>;
+  using panel_element = detail::packed_element<T, T>;
 
   /// Checked where it is used: a call over it throws, before anything is written,
   ///   error(errc::shape)   for pages that do not fit each other, or a table of another number of sequences
@@ -84,9 +81,7 @@ class paged_view {
   [[nodiscard]] detail::fault find_fault() const noexcept;
   [[nodiscard]] detail::kv_tile<panel_element> tile(index_t b, index_t g, index_t i, index_t tokens,
                                                     panel_element* scratch) const noexcept;
-  [[nodiscard]] bool heads_lie_together() const noexcept {
-    return std::abs(k_.stride(2)) < std::abs(k_.stride(1)) && kv_heads() > 1;
-  }
+  [[nodiscard]] bool heads_lie_together() const noexcept { return detail::heads_lie_together(k_); }
   [[nodiscard]] bool has_whole_groups() const noexcept { return page_size() % detail::group_tokens == 0; }
   [[nodiscard]] detail::kv_rows<T, T> rows(index_t b, index_t g, index_t first) const noexcept {
     const place at = place_of(b, first);

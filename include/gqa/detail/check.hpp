@@ -32,6 +32,12 @@ template <class T>
   return {v.data(), {v.extent(0), v.extent(1), v.extent(2), v.extent(3)}, {stride(0), stride(1), stride(2), stride(3)}};
 }
 
+/// Whether a token's heads are nearer to each other than a head's tokens.
+template <class T>
+[[nodiscard]] bool heads_lie_together(const tensor_view<T, 4>& rows) noexcept {
+  return std::abs(rows.stride(2)) < std::abs(rows.stride(1)) && rows.extent(2) > 1;
+}
+
 /// A rank-4 operand as the checks see it.
 struct operand {
   const char* name;
@@ -235,10 +241,41 @@ struct call_shape {
   return find_extent_fault(v, 2, k.extents[2], "the heads of k");
 }
 
+/// Rows of tokens that a cache takes: k [sequences, t, G, D] and v [sequences, t, G, E].
+[[nodiscard]] inline fault find_token_rows_fault(const operand& k, const operand& v, index_t sequences,
+                                                 index_t kv_heads, index_t head_dim, index_t value_dim) noexcept {
+  if (const auto f = find_kv_fault(k, v)) return f;
+  if (const auto f = find_extent_fault(k, 0, sequences, "the sequences written to")) return f;
+  if (const auto f = find_extent_fault(k, 2, kv_heads, "the cache's heads")) return f;
+  if (const auto f = find_extent_fault(k, 3, head_dim, "the cache's head dim")) return f;
+  return find_extent_fault(v, 3, value_dim, "the cache's value dim");
+}
+
+/// An extent of something to be made.
+[[nodiscard]] inline fault find_least_fault(const char* what, const char* name, index_t least,
+                                            index_t actual) noexcept {
+  if (actual >= least) return {};
+  return make_fault(errc::shape, "%s: expected %s >= %lld, got %lld", what, name, printable(least), printable(actual));
+}
+
 template <class T>
 [[nodiscard]] fault find_count_fault(const char* name, std::span<T> values, index_t expected) noexcept {
   if (values.empty() || values.size() == static_cast<std::size_t>(expected)) return {};
   return make_fault(errc::shape, "%s: expected %lld entries, got %zu", name, printable(expected), values.size());
+}
+
+/// Offsets of parts of a whole: 0 first, the whole last.
+[[nodiscard]] inline fault find_offsets_fault(const char* name, std::span<const index_t> offsets,
+                                              index_t whole) noexcept {
+  index_t before = 0;
+  for (std::size_t i = 0; i < offsets.size(); ++i) {
+    const bool last = i + 1 == offsets.size();
+    if (offsets[i] < before || offsets[i] > whole || (i == 0 && offsets[i] != 0) || (last && offsets[i] != whole))
+      return make_fault(errc::range, "%s[%zu]: expected 0 ascending to %lld, got %lld", name, i, printable(whole),
+                        printable(offsets[i]));
+    before = offsets[i];
+  }
+  return {};
 }
 
 [[nodiscard]] inline fault find_groups_fault(std::span<const index_t> offsets, index_t q_heads,
@@ -249,15 +286,7 @@ template <class T>
                       printable(q_heads));
   }
   if (const auto f = find_count_fault("options.group_offsets", offsets, kv_heads + 1)) return f;
-  index_t before = 0;
-  for (std::size_t g = 0; g < offsets.size(); ++g) {
-    const bool last = g + 1 == offsets.size();
-    if (offsets[g] < before || offsets[g] > q_heads || (g == 0 && offsets[g] != 0) || (last && offsets[g] != q_heads))
-      return make_fault(errc::range, "options.group_offsets[%zu]: expected 0 ascending to %lld, got %lld", g,
-                        printable(q_heads), printable(offsets[g]));
-    before = offsets[g];
-  }
-  return {};
+  return find_offsets_fault("options.group_offsets", offsets, q_heads);
 }
 
 /// A mask or bias: [B|1, H|1, S, T], any strides.
@@ -280,6 +309,13 @@ template <class T>
 [[nodiscard]] inline fault find_position_fault(const char* name, std::size_t i, index_t position) noexcept {
   if (position >= -position_limit && position <= position_limit) return {};
   return make_fault(errc::range, "%s[%zu]: expected a position within 2^60, got %lld", name, i, printable(position));
+}
+
+/// Valid keys that the n-th sequence is said to have, against those that there are.
+[[nodiscard]] inline fault find_kv_length_fault(const char* name, index_t n, index_t said, index_t there) noexcept {
+  if (said <= there) return {};
+  return make_fault(errc::length, "%s[%lld]: expected at most %lld, got %lld", name, printable(n), printable(there),
+                    printable(said));
 }
 
 /// Every option against the call's extents.

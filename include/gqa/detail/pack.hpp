@@ -10,14 +10,27 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
+
+/// What tiles packed from rows of K and V hold, which are packed once and read often: accumulators, but for pairs that
+/// an instruction multiplies.
+template <class K, class V>
+using packed_element =
+    std::conditional_t<std::is_same_v<K, V> && has_dot<K>, K, std::common_type_t<accumulator_t<K>, accumulator_t<V>>>;
+
+/// What a cache of T takes: what it holds, or floats.
+template <class X, class T>
+inline constexpr bool is_taken_by_cache_of =
+    std::is_same_v<std::remove_const_t<X>, T> || std::is_same_v<std::remove_const_t<X>, float>;
 
 /// How far ahead packing asks for rows: a panel, 8 KB of float keys at D = 128. Half of it costs a quarter of the speed
 /// over cold memory, twice of it gains nothing.
@@ -28,6 +41,17 @@ struct panel_range {
   index_t begin, end;
   bool starts = begin == 0;
 };
+
+/// Calls f(first token of the panel, its part) for the panels that tokens [begin, end) lie in.
+template <class F>
+void for_each_panel(index_t begin, index_t end, const F& f) {
+  for (index_t t = begin; t < end;) {
+    const index_t first = t / panel_tokens * panel_tokens;
+    const panel_range part{t - first, std::min(end - first, panel_tokens)};
+    f(first, part);
+    t = first + part.end;
+  }
+}
 
 /// Keys: row i of `rows` [end - begin, dim], `stride` elements apart, becomes token begin + i of a panel
 /// [dim/p][16][p].

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the programs with options have in common: help, errors as exit code 2, threads.
+#pragma once
+
+#include <gqa/gqa.hpp>
+
+#include <cstdio>
+#include <exception>
+#include <memory>
+
+namespace example {
+
+// Runs run(options) with what parse(argc, argv) makes of the command line: nothing if help was asked for.
+template <class Parse, class Run>
+int run_program(const char* name, const char* usage, int argc, char** argv, const Parse& parse, const Run& run) {
+  try {
+    const auto options = parse(argc, argv);
+    if (!options) {
+      std::fputs(usage, stdout);
+      return 0;
+    }
+    run(*options);
+  } catch (const std::exception& problem) {
+    std::fprintf(stderr, "%s: %s\n", name, problem.what());
+    return 2;
+  }
+  return 0;
+}
+
+// A context of so many threads, and the pool that it runs on.
+class workers {
+ public:
+  explicit workers(int threads) : pool_(threads > 1 ? std::make_unique<Eigen::ThreadPool>(threads) : nullptr) {
+    ctx_ = pool_ ? std::make_unique<gqa::context>(*pool_) : std::make_unique<gqa::context>();
+  }
+  [[nodiscard]] gqa::context& ctx() { return *ctx_; }
+
+ private:
+  std::unique_ptr<Eigen::ThreadPool> pool_;
+  std::unique_ptr<gqa::context> ctx_;
+};
+
+}  // namespace example
