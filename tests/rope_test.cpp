@@ -160,6 +160,25 @@ TEST(Rope, TurnsRowsOfARaggedBatchEachAtItsPosition) {
   }
 }
 
+// Turns serve all layers and heads of a step.
+TEST(Rope, TurnsManyTensorsByTheSameTurns) {
+  rng random(6);
+  const rope r(8);
+  context ctx;
+  const std::vector<index_t> first{3, 50}, all{3, 4, 5, 50, 51, 52};
+  const auto turns = r.turns<float>(all, ctx);
+  for (const index_t heads : {1, 4}) {
+    std::vector<float> x(static_cast<std::size_t>(6 * heads * 8));
+    for (float& y : x) y = static_cast<float>(random.normal());
+    auto once = x, each = x;
+    r.rotate(view(x.data(), {2, 3, heads, 8}), turns, ctx);
+    r.rotate(view(once.data(), {2, 3, heads, 8}), first, ctx);
+    r.rotate(tensor_view<float, 3>(each.data(), {6, heads, 8}), turns, ctx);
+    EXPECT_EQ(x, once);
+    EXPECT_EQ(x, each);
+  }
+}
+
 // What it is for.
 TEST(Rope, MakesProductsDependOnDistancesAlone) {
   rng random(5);
@@ -233,6 +252,12 @@ TEST(Rope, RefusesWhatCannotBe) {
   EXPECT_EQ(rotate({x.data(), {2, 3, 2, 8}}, far), errc::range);
   EXPECT_EQ(rotate({x.data(), {2, 3, 2, 8}, {0, 16, 8, 1}}, two), errc::stride);
   EXPECT_EQ(rotate({x.data(), {2, 0, 2, 8}}, two), errc::ok);
+  const std::vector<index_t> positions(6);
+  const tensor_view<float, 4> rows(x.data(), {2, 3, 2, 8});
+  const rope_turns<float> few = r.turns<float>(two, ctx), of_other_dims = rope(16).turns<float>(positions, ctx);
+  EXPECT_THROW(r.rotate(rows, few, ctx), error);
+  EXPECT_THROW(r.rotate(rows, of_other_dims, ctx), error);
+  EXPECT_THROW((void)r.turns<float>(far, ctx), error);
 }
 #endif
 

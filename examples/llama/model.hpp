@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -59,9 +60,12 @@ class model {
     if (n > positions_ - length_) throw std::length_error("llama::model: more tokens than positions");
     x_.resize(n, sizes_.dim);
     for (int i = 0; i < n; ++i) x_.row(i) = from_.embedding().row(tokens[static_cast<std::size_t>(i)]);
+    std::vector<gqa::index_t> positions(tokens.size());
+    std::iota(positions.begin(), positions.end(), length_);
+    const auto turns = rope_.turns<float>(positions, ctx_);  // the same in every layer
     for (int l = 0; l < sizes_.layers; ++l) {
       const checkpoint::layer w = from_.at(l);
-      attend(l, w);
+      attend(l, w, turns);
       feed_forward(w);
     }
     length_ += n;
@@ -73,7 +77,7 @@ class model {
 
  private:
   // x += attention(norm(x)) Wo, with the new keys and values stored first.
-  void attend(int l, const checkpoint::layer& w) {
+  void attend(int l, const checkpoint::layer& w, const gqa::rope_turns<float>& turns) {
     const Eigen::Index n = x_.rows();
     normalise(x_, w.attention_norm);
     queries_.resize(n, sizes_.dim);
@@ -82,9 +86,9 @@ class model {
     multiply(normal_, w.q, queries_);
     multiply(normal_, w.k, keys_);
     multiply(normal_, w.v, values_);
-    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim(), first = length_;
-    rope_.rotate(gqa::view(queries_.data(), {1, n, heads, d}), std::span(&first, 1), ctx_);
-    rope_.rotate(gqa::view(keys_.data(), {1, n, kv_heads, d}), std::span(&first, 1), ctx_);
+    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
+    rope_.rotate(gqa::view(queries_.data(), {1, n, heads, d}), turns, ctx_);
+    rope_.rotate(gqa::view(keys_.data(), {1, n, kv_heads, d}), turns, ctx_);
     if (capture_ != nullptr) capture_->append(l, queries_.data(), keys_.data(), values_.data(), n);
 
     const auto start = std::chrono::steady_clock::now();

@@ -53,6 +53,25 @@ struct rope_options {
 
 inline namespace GQA_ISA {
 
+/// Sines and cosines of tokens' positions, for all layers and heads of a step. A: accumulators of what is turned.
+template <class A>
+class rope_turns {
+ public:
+  [[nodiscard]] index_t tokens() const noexcept { return tokens_; }
+  [[nodiscard]] index_t pairs() const noexcept { return pairs_; }
+
+ private:
+  friend class rope;
+  rope_turns(index_t tokens, index_t pairs)
+      : tokens_(tokens), pairs_(pairs), turns_(static_cast<std::size_t>(2 * tokens * pairs)) {}
+  /// [pairs] of a token.
+  [[nodiscard]] A* cosines(index_t token) noexcept { return turns_.data() + 2 * pairs_ * token; }
+  [[nodiscard]] const A* cosines(index_t token) const noexcept { return turns_.data() + 2 * pairs_ * token; }
+
+  index_t tokens_, pairs_;
+  std::vector<A> turns_;  // [tokens][cosines, sines]
+};
+
 class rope {
  public:
   /// \throws error  (errc::option) for dims that are odd or more than head_dim, and for numbers out of their ranges
@@ -64,67 +83,107 @@ class rope {
   /// What rotated elements grow by.
   [[nodiscard]] double magnitude() const noexcept { return magnitude_; }
 
-  /// Turns rows in place: token s of sequence b is at first_positions[b] + s.
-  /// \param x                [B, S, H, D], any strides but of the last axis; of any element type
+  /// What turns tokens at these positions, to be used again for every layer.
+  /// \tparam A      float, or double for rows of double
+  /// \throws error  (errc::range) for positions beyond 2^60
+  /// Cost: a sine and a cosine a pair and token, in double.
+  template <class A>
+  [[nodiscard]] rope_turns<A> turns(std::span<const index_t> positions, context& ctx) const {
+    if (const auto f = find_positions_fault("positions", positions)) {
+      detail::raise(f);
+      return {0, pairs()};
+    }
+    rope_turns<A> made(static_cast<index_t>(positions.size()), pairs());
+    ctx.for_each(made.tokens(), [&](index_t token, index_t) {
+      A* const cosines = made.cosines(token);
+      A* const sines = cosines + pairs();
+      const auto position = static_cast<double>(positions[static_cast<std::size_t>(token)]);
+      for (index_t i = 0; i < pairs(); ++i) {
+        const double angle = position * frequencies_[static_cast<std::size_t>(i)];
+        cosines[i] = static_cast<A>(magnitude_ * std::cos(angle));
+        sines[i] = static_cast<A>(magnitude_ * std::sin(angle));
+      }
+    });
+    return made;
+  }
+
+  /// Turns rows in place.
+  /// \param x      [B, S, H, D], any strides but of the last axis, of any element type; or [n, H, D], a tensor_view of
+  ///               rank 3
+  /// \param turns  of its tokens, sequence by sequence
+  /// \throws error (errc::shape, errc::stride) before anything is written
+  /// Cost: 4 multiply-adds a pair and row.
+  template <class X, class A>
+  requires detail::rows_like<X>
+  void rotate(X&& x, const rope_turns<A>& turns, context& ctx) const {
+    const auto rows = detail::as_rows(std::forward<X>(x));
+    if (const auto f = find_rows_fault(rows, turns)) return detail::raise(f);
+    rotate_rows(rows, turns, ctx);
+  }
+  /// The same once: token s of sequence b is at first_positions[b] + s.
   /// \param first_positions  [B]
-  /// \throws error           (errc::shape, errc::stride, errc::range) before anything is written
-  /// Cost: a sine and a cosine a pair and token, in double; 4 multiply-adds a pair and row.
+  /// \throws error           the same, and (errc::range)
   template <tensor_like X>
   void rotate(X&& x, std::span<const index_t> first_positions, context& ctx) const {
-    const auto rows = detail::as_view(std::forward<X>(x));
-    const auto position_of = [&](index_t b, index_t s) { return first_positions[static_cast<std::size_t>(b)] + s; };
-    if (const auto f = find_fault(rows, first_positions, rows.extent(0), "first_positions")) return detail::raise(f);
-    rotate_rows(rows, position_of, ctx);
-  }
-  /// The same of a ragged batch's rows, each at a position of its own.
-  /// \param x          [n, H, D]: a tensor_view of rank 3, or what view() takes, of batch 1
-  /// \param positions  [n]
-  template <detail::rows_like X>
-  void rotate_each(X&& x, std::span<const index_t> positions, context& ctx) const {
     const auto rows = detail::as_rows(std::forward<X>(x));
-    const auto position_of = [&](index_t, index_t s) { return positions[static_cast<std::size_t>(s)]; };
-    if (const auto f = find_fault(rows, positions, rows.extent(1), "positions")) return detail::raise(f);
-    rotate_rows(rows, position_of, ctx);
+    if (static_cast<index_t>(first_positions.size()) != rows.extent(0))
+      return detail::raise(detail::make_fault(errc::shape, "first_positions: expected %lld entries, got %zu",
+                                              detail::printable(rows.extent(0)), first_positions.size()));
+    if (const auto f = find_positions_fault("first_positions", first_positions)) return detail::raise(f);
+    if (const auto f = detail::find_output_fault(detail::describe("x", rows))) return detail::raise(f);
+    std::vector<index_t> positions;
+    for (const index_t first : first_positions) {
+      for (index_t s = 0; s < rows.extent(1); ++s) positions.push_back(first + s);
+    }
+    rotate_each(rows, positions, ctx);
+  }
+  /// The same once, every token at a position of its own.
+  /// \param positions  [n]
+  template <class X>
+  requires detail::rows_like<X>
+  void rotate_each(X&& x, std::span<const index_t> positions, context& ctx) const {
+    using A = accumulator_t<std::remove_const_t<typename decltype(detail::as_rows(std::forward<X>(x)))::element_type>>;
+    const detail::error_watch watch;
+    const rope_turns<A> made = turns<A>(positions, ctx);
+    if (!watch.failed()) rotate(std::forward<X>(x), made, ctx);
   }
 
  private:
-  template <class T>
-  [[nodiscard]] detail::fault find_fault(const tensor_view<T, 4>& rows, std::span<const index_t> positions,
-                                         index_t expected, const char* name) const noexcept {
-    static_assert(!std::is_const_v<T>, "gqa: rows are rotated in place");
-    const detail::operand x = detail::describe("x", rows);
-    if (const auto f = detail::find_output_fault(x)) return f;
-    if (const auto f = detail::find_extent_fault(x, 3, head_dim_, "the head dim")) return f;
-    if (static_cast<index_t>(positions.size()) != expected)
-      return detail::make_fault(errc::shape, "%s: expected %lld entries, got %zu", name, detail::printable(expected),
-                                positions.size());
+  [[nodiscard]] index_t pairs() const noexcept { return static_cast<index_t>(frequencies_.size()); }
+
+  [[nodiscard]] static detail::fault find_positions_fault(const char* name,
+                                                          std::span<const index_t> positions) noexcept {
     for (std::size_t i = 0; i < positions.size(); ++i) {
       if (const auto f = detail::find_position_fault(name, i, positions[i])) return f;
     }
     return {};
   }
+  template <class T, class A>
+  [[nodiscard]] detail::fault find_rows_fault(const tensor_view<T, 4>& rows,
+                                              const rope_turns<A>& turns) const noexcept {
+    static_assert(!std::is_const_v<T>, "gqa: rows are rotated in place");
+    static_assert(std::is_same_v<A, accumulator_t<T>>, "gqa: turns must be of the accumulator of the rows");
+    const detail::operand x = detail::describe("x", rows);
+    if (const auto f = detail::find_output_fault(x)) return f;
+    if (const auto f = detail::find_extent_fault(x, 3, head_dim_, "the head dim")) return f;
+    if (turns.tokens() != rows.extent(0) * rows.extent(1) || turns.pairs() != pairs())
+      return detail::make_fault(errc::shape, "turns: expected %lld tokens of %lld pairs, got %lld of %lld",
+                                detail::printable(rows.extent(0) * rows.extent(1)), detail::printable(pairs()),
+                                detail::printable(turns.tokens()), detail::printable(turns.pairs()));
+    return {};
+  }
 
-  template <class T, class PositionOf>
-  void rotate_rows(const tensor_view<T, 4>& x, const PositionOf& position_of, context& ctx) const {
-    using A = accumulator_t<T>;
-    const index_t pairs = static_cast<index_t>(frequencies_.size()), q_len = x.extent(1);
+  template <class T, class A>
+  void rotate_rows(const tensor_view<T, 4>& x, const rope_turns<A>& turns, context& ctx) const {
     const bool halves = options_.pairing == rope_pairing::halves;
-    std::vector<A> turns(static_cast<std::size_t>(2 * pairs * ctx.concurrency()));
-    ctx.for_each(x.extent(0) * q_len, [&](index_t token, index_t worker) {
-      const index_t b = token / q_len, s = token % q_len;
-      A* const cosines = turns.data() + 2 * pairs * worker;
-      A* const sines = cosines + pairs;
-      const auto position = static_cast<double>(position_of(b, s));
-      for (index_t i = 0; i < pairs; ++i) {
-        const double angle = position * frequencies_[static_cast<std::size_t>(i)];
-        cosines[i] = static_cast<A>(magnitude_ * std::cos(angle));
-        sines[i] = static_cast<A>(magnitude_ * std::sin(angle));
-      }
+    ctx.for_each(turns.tokens(), [&](index_t token, index_t) {
+      const A* const cosines = turns.cosines(token);
+      const A* const sines = cosines + pairs();
       for (index_t h = 0; h < x.extent(2); ++h) {
-        T* const row = &x(b, s, h, 0);
-        for (index_t i = 0; i < pairs; ++i) {
+        T* const row = &x(token / x.extent(1), token % x.extent(1), h, 0);
+        for (index_t i = 0; i < pairs(); ++i) {
           T& first = row[halves ? i : 2 * i];
-          T& second = row[halves ? i + pairs : 2 * i + 1];
+          T& second = row[halves ? i + pairs() : 2 * i + 1];
           const A u = static_cast<A>(first), v = static_cast<A>(second);
           first = static_cast<T>(detail::scalar_madd(u, cosines[i], detail::scalar_mul(-v, sines[i])));
           second = static_cast<T>(detail::scalar_madd(u, sines[i], detail::scalar_mul(v, cosines[i])));
