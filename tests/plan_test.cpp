@@ -101,11 +101,11 @@ struct counted_calls {
   index_t tiles = 0, visits = 0;
 };
 
-const detail::call_plan* plan_of(const detail::plan_request& request, const std::vector<detail::sequence_request>& asks,
+const detail::call_plan* plan_of(const detail::plan_request& request, const std::vector<detail::family_request>& asks,
                                  context& ctx, counted_calls& counted) {
   const auto asks_of = [&](index_t b) { return ++counted.tiles, asks[static_cast<std::size_t>(b)]; };
   const auto visits_of = [&](index_t b) {
-    const detail::sequence_request& s = asks[static_cast<std::size_t>(b)];
+    const detail::family_request& s = asks[static_cast<std::size_t>(b)];
     return ++counted.visits, s.row_tiles * s.tiles.size() * std::max<index_t>(s.most_rows, 8);
   };
   return detail::find_plan(request, asks_of, visits_of, ctx);
@@ -114,8 +114,8 @@ const detail::call_plan* plan_of(const detail::plan_request& request, const std:
 TEST(Plan, IsMadeOncePerShape) {
   context ctx;
   counted_calls counted;
-  detail::plan_request request{.sequences = 2, .kv_heads = 8, .workers = 2, .visit_products = 100'000};
-  std::vector<detail::sequence_request> tiles{{{0, 10}, 1, 4}, {{0, 300}, 1, 4}};
+  detail::plan_request request{.families = 2, .kv_heads = 8, .workers = 2, .visit_products = 100'000};
+  std::vector<detail::family_request> tiles{{{0, 10}, 1, 4}, {{0, 300}, 1, 4}};
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 2);
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
@@ -129,8 +129,8 @@ TEST(Plan, IsMadeOncePerShape) {
   request.workers = 3;
   EXPECT_EQ(plan_of(request, tiles, ctx, counted)->workers, 3);
   EXPECT_EQ(counted.visits, 8);
-  request.sequences = 1;
-  EXPECT_EQ(plan_of(request, tiles, ctx, counted)->sequences.size(), 1u);
+  request.families = 1;
+  EXPECT_EQ(plan_of(request, tiles, ctx, counted)->families.size(), 1u);
   EXPECT_EQ(counted.visits, 9);
 }
 
@@ -141,13 +141,13 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
   for (int round = 0; round < 2'000; ++round) {
     const auto below = [&](index_t n) { return random.between(0, n - 1); };
     const index_t sequences = 1 + below(20);
-    detail::plan_request request{.sequences = sequences, .kv_heads = 1 + below(9)};
+    detail::plan_request request{.families = sequences, .kv_heads = 1 + below(9)};
     request.workers = 1 + below(9);
     request.visit_products = 1 + below(100'000);
     request.packed_tile_bytes = below(2) * (1 + below(200'000));
     request.state_bytes = 1 + below(200'000);
     request.bundles = below(4) == 0;
-    std::vector<detail::sequence_request> tiles;
+    std::vector<detail::family_request> tiles;
     for (index_t b = 0; b < sequences; ++b) {
       const index_t begin = below(100);
       const key_range seen{begin, begin + 1 + below(below(6) == 0 ? 2'000 : 30)};
@@ -166,8 +166,8 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
       next = w.end;
       index_t tasks = 0, slots = 0, states = 0, merges = 0;
       for (index_t n = w.first; n < w.end; ++n) {
-        const detail::sequence_plan& s = plan.sequences[static_cast<std::size_t>(n)];
-        ++seen[static_cast<std::size_t>(s.b)];
+        const detail::family_plan& s = plan.families[static_cast<std::size_t>(n)];
+        ++seen[static_cast<std::size_t>(s.family)];
         ASSERT_EQ(s.first_task, tasks);
         ASSERT_EQ(s.first_slot, slots);
         ASSERT_EQ(s.first_merge, merges);

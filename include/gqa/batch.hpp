@@ -38,6 +38,8 @@ struct batch_options {
   /// [n]: true where query i sees the j-th of the last q_len keys, beside what the other rules hide: trees of draft
   /// tokens (SpecInfer, Miao et al. 2024). [q_len, q_len] each, any strides; empty: nothing more is hidden.
   std::span<const tensor_view<const bool, 2>> masks = {};
+  /// Whether what forks of a paged_kv_cache have in common is read once for all of them. Changes no bit.
+  bool share_prefixes = true;
 };
 
 namespace detail {
@@ -179,7 +181,7 @@ void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, st
   const auto rows = detail::as_rows(std::forward<Q>(q));
   using element = typename decltype(rows)::value_type;
   const tensor_view<const element, 4> queries = rows;
-  const detail::ragged_rows ragged{q_offsets, sequences};
+  const detail::ragged_rows ragged{q_offsets, sequences, options.share_prefixes};
   if constexpr (detail::output_state<Out>) {
     const auto& lse = out.lse;
     using lse_view = std::remove_cvref_t<decltype(lse)>;

@@ -91,6 +91,7 @@ class context {
   void reserve(std::size_t bytes, index_t sequences = 64) {
     static_cast<void>(detail_scratch(bytes));
     static_cast<void>(detail_plan(sequences));
+    static_cast<void>(detail_families(sequences));
   }
 
   /// Number of workers, at least 1.
@@ -150,6 +151,11 @@ class context {
     if (is_new && memory != nullptr) std::memset(memory, 0, bytes);
     return memory;
   }
+  /// Internal: memory for the families of so many sequences.
+  [[nodiscard]] index_t* detail_families(index_t sequences) {
+    const std::size_t bytes = (3 * static_cast<std::size_t>(sequences) + 1) * sizeof(index_t);
+    return reinterpret_cast<index_t*>(families_.at_least(bytes, "families"));
+  }
   static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 160;
 
  private:
@@ -164,7 +170,7 @@ class context {
   void* executor_ = nullptr;
   index_t (*concurrency_)(void*) = nullptr;
   void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
-  detail::growing_memory scratch_, plan_;
+  detail::growing_memory scratch_, plan_, families_;
   std::unique_ptr<context[]> workers_;
   index_t worker_count_ = 0;
 };

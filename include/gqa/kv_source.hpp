@@ -37,6 +37,10 @@ namespace gqa {
 ///                     rows from t on as they lie, of which those of valid keys are read, 16 by the kernel of few rows
 ///                     (detail/row_kernel.hpp); and the rows that it asks for meanwhile
 ///   has_whole_groups()  whether those 16 always lie a stride apart; without it they do
+///   scatters_panels   a constant, true where what follows a panel in memory may not be what is read next
+///   pages_of(b), page_size(), has_shared_pages(b)
+///                     a sequence's pages of so many tokens, by number, where sequences may share them: those of one
+///                     number at one place hold the same keys; and whether others may have some of them
 ///   has_sequence(b)   whether there is one of that number, where some may be gone
 ///   sequences_share_keys()  whether all sequences read the same keys and values
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens

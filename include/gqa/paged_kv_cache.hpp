@@ -40,6 +40,7 @@ class paged_layer {
  public:
   using element = T;
   using panel_element = T;
+  static constexpr bool scatters_panels = true;
 
   paged_layer(const paged_kv_cache<T>& cache, index_t layer) noexcept : cache_(&cache), layer_(layer) {}
 
@@ -51,6 +52,12 @@ class paged_layer {
   [[nodiscard]] index_t length(index_t b) const noexcept { return cache_->sequence(b).length; }
   [[nodiscard]] bool has_sequence(index_t b) const noexcept { return cache_->has(static_cast<sequence_id>(b)); }
   [[nodiscard]] index_t scratch_elements() const noexcept { return 0; }
+  [[nodiscard]] index_t page_size() const noexcept { return cache_->page_size_; }
+  [[nodiscard]] std::span<const std::int32_t> pages_of(index_t b) const noexcept { return cache_->sequence(b).pages; }
+  [[nodiscard]] bool has_shared_pages(index_t b) const noexcept {
+    const auto pages = pages_of(b);
+    return !pages.empty() && cache_->pool_.is_shared(pages.front());
+  }
   [[nodiscard]] detail::fault find_fault() const noexcept { return cache_->find_layer_fault(layer_); }
   [[nodiscard]] detail::kv_tile<T> tile(index_t b, index_t g, index_t i, index_t tokens, T*) const noexcept {
     return cache_->tile(b, layer_, g, i, tokens);
@@ -433,6 +440,12 @@ detail::kv_tile<T> paged_kv_cache<T>::tile(index_t b, index_t layer, index_t g, 
   const paged_sequence& s = sequence(b);
   const T* const elements = pool_.elements();
   const index_t first = i * detail::tile_tokens;
+  if (page_size_ % detail::tile_tokens == 0) {  // found at once
+    const panel at = panel_at(s, layer, g, first);
+    std::uint32_t nonfinite = 0;
+    for (index_t n = 0; n < detail::tile_panels; ++n) nonfinite |= std::uint32_t{pool_.flags()[at.flag + n]} << n;
+    return detail::contiguous_tile<T>(elements + at.key_at, head_dim_, value_dim_, nonfinite);
+  }
   detail::kv_tile<T> t;
   for (index_t n = 0; n < detail::tile_panels; ++n) {
     // Nobody looks at panels without tokens.
@@ -442,8 +455,6 @@ detail::kv_tile<T> paged_kv_cache<T>::tile(index_t b, index_t layer, index_t g, 
     t.v[static_cast<std::size_t>(n)] = elements + at.value_at;
     if (pool_.flags()[at.flag] != 0) t.nonfinite_values |= std::uint32_t{1} << n;
   }
-  const index_t next = first + detail::tile_tokens;
-  t.next = next < s.length ? elements + panel_at(s, layer, g, next).key_at : t.k[0];
   return t;
 }
 

@@ -14,8 +14,10 @@
 #define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                        \
   GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                                  \
   GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
-  GQA_TEST_KERNEL void score_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                         \
-  GQA_TEST_KERNEL void value_block_in_order<P, L, rows>(const block_operands<P, L>&) noexcept;                         \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;      \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;      \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;     \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;     \
   GQA_TEST_KERNEL void score_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, index_t, index_t, A*) noexcept;   \
   GQA_TEST_KERNEL void value_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, const weighted_sums<A>&, index_t, \
                                                  index_t) noexcept;

@@ -25,6 +25,7 @@ class part_of_source {
  public:
   using element = typename Source::element;
   using panel_element = typename Source::panel_element;
+  static constexpr bool scatters_panels = has_scattered_panels<Source>;
 
   part_of_source(const Source& kv, index_t b, index_t first_head, index_t heads, index_t length) noexcept
       : kv_(kv), b_(b), first_head_(first_head), heads_(heads), length_(length) {}

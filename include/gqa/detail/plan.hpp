@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
 /// The plan: how a call is divided into tasks, so that every worker is busy to the end. It says who computes what and
-/// when, never how, so no plan changes a bit.
+/// when, never how, so no plan changes a bit. What it divides are families (detail/families.hpp): a sequence each, or
+/// several that share keys.
 ///
 /// Cost is counted in visits of a key tile by a row: those of one row tile by its rows, or by eight where it has fewer,
-/// for then memory is what takes time. A row tile of a (sequence, KV head) is a task, unless it is more than a quarter
+/// for then memory is what takes time. A row tile of a (family, KV head) is a task, unless it is more than a quarter
 /// of a worker's share of the call: then each of its splits is a task, if memory for their states allows. The longest
-/// sequences come first, as in longest-processing-time-first scheduling (Graham 1969): what runs last is short. Where
+/// families come first, as in longest-processing-time-first scheduling (Graham 1969): what runs last is short. Where
 /// no task is more than a quarter of a share, nobody waits for longer than that.
 ///
 /// Where keys are packed beforehand, for sequences of several row tiles, those that fit into packed_bytes together make
@@ -47,9 +48,9 @@ inline constexpr index_t tiles_packed_together = 4;
 
 inline namespace GQA_ISA {
 
-/// What a plan depends on, beside the key tiles of the sequences.
+/// What a plan depends on, beside the key tiles of the families.
 struct plan_request {
-  index_t sequences = {}, kv_heads = {};
+  index_t families = {}, kv_heads = {};
   index_t workers = {};
   index_t visit_products = {};     // multiply-adds of a row with a key tile
   index_t packed_tile_bytes = {};  // of a key tile packed beforehand, 0 where the source has them
@@ -59,19 +60,19 @@ struct plan_request {
   [[nodiscard]] friend bool operator==(const plan_request&, const plan_request&) = default;
 };
 
-/// What a sequence asks for, of its largest group.
-struct sequence_request {
+/// What a family asks for, of its largest group.
+struct family_request {
   key_range tiles;    // that some of its queries may see
   index_t row_tiles;  // that its rows are cut into
   index_t most_rows;  // of a row tile
 
-  [[nodiscard]] friend bool operator==(const sequence_request&, const sequence_request&) = default;
+  [[nodiscard]] friend bool operator==(const family_request&, const family_request&) = default;
 };
 
-/// A sequence's part. Counts are of one KV head; firsts follow those of the sequences before it in its wave.
-struct sequence_plan {
-  index_t b;
-  sequence_request asks;
+/// A family's part. Counts are of one KV head; firsts follow those of the families before it in its wave.
+struct family_plan {
+  index_t family;
+  family_request asks;
   index_t visits;  // of key tiles by rows
   index_t parts;   // tasks of a row tile: 1, or its splits
   index_t tasks, first_task;
@@ -88,11 +89,11 @@ struct plan_wave {
 
 struct call_plan {
   plan_request request;
-  index_t workers;                     // 1 where the work is not worth waking others
-  index_t bundle;                      // KV heads a task visits together
-  index_t most_slots;                  // of all heads of a wave at a time
-  index_t most_states;                 // likewise, of splits apart
-  std::span<sequence_plan> sequences;  // those of the longest tasks first
+  index_t workers;                  // 1 where the work is not worth waking others
+  index_t bundle;                   // KV heads a task visits together
+  index_t most_slots;               // of all heads of a wave at a time
+  index_t most_states;              // likewise, of splits apart
+  std::span<family_plan> families;  // those of the longest tasks first
   std::span<plan_wave> waves;
 };
 
@@ -105,17 +106,17 @@ struct call_plan {
   return {std::max(tiles.begin, boundary), std::min(tiles.end, boundary + split_tiles)};
 }
 
-/// Rows that a visit of a sequence's fullest row tile counts for.
-[[nodiscard]] inline index_t weight_of(const sequence_request& s) noexcept {
+/// Rows that a visit of a family's fullest row tile counts for.
+[[nodiscard]] inline index_t weight_of(const family_request& s) noexcept {
   return std::max(s.most_rows, least_rows);
 }
 
-/// Cuts the sequences from `first` on into the next wave.
+/// Cuts the families from `first` on into the next wave.
 [[nodiscard]] inline plan_wave next_wave(const call_plan& plan, index_t first) noexcept {
   const plan_request& request = plan.request;
-  if (request.packed_tile_bytes == 0) return {first, request.sequences, request.kv_heads};
+  if (request.packed_tile_bytes == 0) return {first, request.families, request.kv_heads};
   const auto bytes_of_head = [&](index_t n) {
-    return static_cast<double>(plan.sequences[static_cast<std::size_t>(n)].slots) *
+    return static_cast<double>(plan.families[static_cast<std::size_t>(n)].slots) *
            static_cast<double>(request.packed_tile_bytes);
   };
   const auto all = static_cast<double>(request.kv_heads);
@@ -123,7 +124,7 @@ struct call_plan {
   if (fit < all) return {first, first + 1, std::max(static_cast<index_t>(fit), index_t{1})};
   double bytes = 0;
   index_t end = first;
-  for (; end < request.sequences && bytes + all * bytes_of_head(end) <= packed_bytes; ++end)
+  for (; end < request.families && bytes + all * bytes_of_head(end) <= packed_bytes; ++end)
     bytes += all * bytes_of_head(end);
   return {first, end, request.kv_heads};
 }
@@ -131,16 +132,16 @@ struct call_plan {
 /// Decides which row tiles of a wave are several tasks, and counts tasks, states and slots.
 inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
   const plan_request& request = plan.request;
-  const std::span<sequence_plan> sequences =
-      plan.sequences.subspan(static_cast<std::size_t>(wave.first), static_cast<std::size_t>(wave.end - wave.first));
+  const std::span<family_plan> families =
+      plan.families.subspan(static_cast<std::size_t>(wave.first), static_cast<std::size_t>(wave.end - wave.first));
   const auto heads = static_cast<double>(wave.heads);
   double cost = 0;
-  for (const sequence_plan& s : sequences) cost += heads * static_cast<double>(s.visits);
+  for (const family_plan& f : families) cost += heads * static_cast<double>(f.visits);
   const double most_of_task = cost / (tasks_of_a_share * static_cast<double>(plan.workers));
   if (request.bundles && plan.workers > 1) {
-    const sequence_plan& longest = sequences.front();
+    const family_plan& longest = families.front();
     const double states_of_all =
-        static_cast<double>(plan.sequences.size()) * static_cast<double>(splits_of(longest.asks.tiles));
+        static_cast<double>(plan.families.size()) * static_cast<double>(splits_of(longest.asks.tiles));
     const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
     const index_t tiles = std::max(longest.asks.tiles.size(), index_t{1});
     const index_t least_of_task = (may_split ? std::min(tiles, split_tiles) : tiles) * weight_of(longest.asks);
@@ -148,57 +149,57 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
     while (request.kv_heads % plan.bundle != 0) --plan.bundle;
   }
   index_t tasks = 0, slots = 0, states = 0, merges = 0;
-  for (sequence_plan& s : sequences) {
-    const index_t splits = splits_of(s.asks.tiles);
+  for (family_plan& f : families) {
+    const index_t splits = splits_of(f.asks.tiles);
     const double bytes =
-        heads * static_cast<double>(states + s.asks.row_tiles * splits) * static_cast<double>(request.state_bytes);
-    const double of_task = static_cast<double>(plan.bundle * s.asks.tiles.size() * weight_of(s.asks));
+        heads * static_cast<double>(states + f.asks.row_tiles * splits) * static_cast<double>(request.state_bytes);
+    const double of_task = static_cast<double>(plan.bundle * f.asks.tiles.size() * weight_of(f.asks));
     const bool apart = plan.workers > 1 && splits > 1 && bytes <= split_state_bytes && of_task > most_of_task;
-    s.parts = apart ? splits : 1;
-    s.tasks = s.asks.row_tiles * s.parts;
-    s.merges = apart ? s.asks.row_tiles : 0;
-    s.first_task = tasks, s.first_slot = slots, s.first_merge = merges, s.first_state = states;
-    tasks += s.tasks, slots += s.slots, merges += s.merges;
-    if (apart) states += s.tasks;
+    f.parts = apart ? splits : 1;
+    f.tasks = f.asks.row_tiles * f.parts;
+    f.merges = apart ? f.asks.row_tiles : 0;
+    f.first_task = tasks, f.first_slot = slots, f.first_merge = merges, f.first_state = states;
+    tasks += f.tasks, slots += f.slots, merges += f.merges;
+    if (apart) states += f.tasks;
   }
   plan.most_slots = std::max(plan.most_slots, wave.heads * slots);
   plan.most_states = std::max(plan.most_states, wave.heads * states);
 }
 
-/// The plan of a call: the context's last one if it fits, else a new one in its place. asks_of(b) is what a sequence
-/// asks for, visits_of(b) how many key tiles the rows of a KV head visit in all. nullptr if there is no memory.
-/// Cost: one asks_of() a sequence; a new plan sorts them, too.
+/// The plan of a call: the context's last one if it fits, else a new one in its place. asks_of(n) is what family n
+/// asks for, visits_of(n) how many key tiles the rows of a KV head visit in all. nullptr if there is no memory.
+/// Cost: one asks_of() a family; a new plan sorts them, too.
 template <class AsksOf, class VisitsOf>
 [[nodiscard]] const call_plan* find_plan(const plan_request& request, const AsksOf& asks_of, const VisitsOf& visits_of,
                                          context& ctx) {
-  const auto n = static_cast<std::size_t>(request.sequences);
+  const auto n = static_cast<std::size_t>(request.families);
   static_assert(sizeof(call_plan) <= context::detail_plan_bytes &&
-                sizeof(sequence_plan) + sizeof(plan_wave) <= context::detail_sequence_bytes);
-  std::byte* const memory = ctx.detail_plan(request.sequences);
+                sizeof(family_plan) + sizeof(plan_wave) <= context::detail_sequence_bytes);
+  std::byte* const memory = ctx.detail_plan(request.families);
   if (memory == nullptr) return nullptr;
   call_plan& plan = *reinterpret_cast<call_plan*>(memory);
-  const auto fits = [&](const sequence_plan& s) { return s.asks == asks_of(s.b); };
-  if (plan.request == request && std::all_of(plan.sequences.begin(), plan.sequences.end(), fits)) return &plan;
+  const auto fits = [&](const family_plan& f) { return f.asks == asks_of(f.family); };
+  if (plan.request == request && std::all_of(plan.families.begin(), plan.families.end(), fits)) return &plan;
 
-  auto* const sequences = reinterpret_cast<sequence_plan*>(memory + sizeof(call_plan));
-  auto* const waves = reinterpret_cast<plan_wave*>(memory + sizeof(call_plan) + n * sizeof(sequence_plan));
-  plan = {request, request.workers, request.bundles ? request.kv_heads : 1, 0, 0, {sequences, n}, {}};
+  auto* const families = reinterpret_cast<family_plan*>(memory + sizeof(call_plan));
+  auto* const waves = reinterpret_cast<plan_wave*>(memory + sizeof(call_plan) + n * sizeof(family_plan));
+  plan = {request, request.workers, request.bundles ? request.kv_heads : 1, 0, 0, {families, n}, {}};
   double visits = 0;
-  for (index_t b = 0; b < request.sequences; ++b) {
-    const sequence_request asks = asks_of(b);
+  for (index_t i = 0; i < request.families; ++i) {
+    const family_request asks = asks_of(i);
     const bool packs = request.packed_tile_bytes > 0 && asks.row_tiles > 1;
     const index_t slots = packs ? round_up(asks.tiles.size(), tiles_packed_together) : 0;
-    sequences[b] = {b, asks, visits_of(b), 1, 0, 0, slots, 0, 0, 0, 0};
-    visits += static_cast<double>(sequences[b].visits);
+    families[i] = {i, asks, visits_of(i), 1, 0, 0, slots, 0, 0, 0, 0};
+    visits += static_cast<double>(families[i].visits);
   }
   if (visits * static_cast<double>(request.kv_heads) * static_cast<double>(request.visit_products) < serial_work)
     plan.workers = 1;
-  std::sort(sequences, sequences + n, [](const sequence_plan& x, const sequence_plan& y) {
+  std::sort(families, families + n, [](const family_plan& x, const family_plan& y) {
     const index_t of_x = x.asks.tiles.size() * weight_of(x.asks), of_y = y.asks.tiles.size() * weight_of(y.asks);
-    return of_x != of_y ? of_x > of_y : x.b < y.b;
+    return of_x != of_y ? of_x > of_y : x.family < y.family;
   });
   index_t count = 0;
-  for (index_t first = 0; first < request.sequences; first = waves[count++].end) {
+  for (index_t first = 0; first < request.families; first = waves[count++].end) {
     waves[count] = next_wave(plan, first);
     divide_wave(plan, waves[count]);
   }

@@ -115,6 +115,7 @@ struct output_rows {
 struct ragged_rows {
   std::span<const index_t> q_offsets = {};
   std::span<const sequence_id> sequences = {};
+  bool shares_prefixes = true;
 };
 
 /// A: what scores and outputs are accumulated in; L: what queries and weights are held in.

@@ -11,8 +11,14 @@
 /// Zen 4, whose own prefetchers keep up with those; a single row is as fast or faster without.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
@@ -22,14 +28,43 @@ inline constexpr int rows_that_read_ahead = 3;
 
 inline constexpr index_t read_ahead_bytes = 8192;
 
-/// Asks for the cache line read_ahead_bytes after `at`, the i-th element of a piece of memory that is read in steps of
+/// Asks for the cache line so many bytes after `at`, the i-th element of a piece of memory that is read in steps of
 /// `Step` elements, if `Rows` rows are enough for it to pay: once a line.
 template <int Rows, index_t Step, class T>
-GQA_INLINE void fetch_ahead(const T* at, index_t i) noexcept {
+GQA_INLINE void fetch_ahead(const T* at, index_t i, index_t bytes) noexcept {
   constexpr index_t line = 64 / index_t{sizeof(T)};
   if constexpr (Rows >= rows_that_read_ahead) {
-    if (Step >= line || i % line == 0) prefetch<2>(at, read_ahead_bytes);
+    if (Step >= line || i % line == 0) prefetch<2>(at, bytes);
   }
+}
+
+/// Whether a source says so: that what follows a panel in memory may not be what is read next.
+template <class Source>
+inline constexpr bool has_scattered_panels = requires {
+  requires Source::scatters_panels;
+};
+
+/// Where pages scatter panels, the place read_ahead_bytes further on is another head's: what is read next lies so many
+/// bytes from each panel of a tile.
+struct panels_ahead {
+  std::array<index_t, tile_panels> k, v;
+};
+
+/// To the panels, of this tile or the next, that are read some read_ahead_bytes later.
+template <class P>
+[[nodiscard]] panels_ahead find_panels_ahead(const kv_tile<P>& tile, const kv_tile<P>& next,
+                                             index_t panel_bytes) noexcept {
+  constexpr auto count = static_cast<std::size_t>(tile_panels);
+  std::array<const P*, 4 * count> in_order;
+  auto* to = in_order.data();
+  for (const auto* const panels : {&tile.k, &tile.v, &next.k, &next.v}) to = std::copy_n(panels->data(), count, to);
+  const auto later = static_cast<std::size_t>(std::clamp<index_t>(read_ahead_bytes / panel_bytes, 1, 2 * tile_panels));
+  const auto bytes_from = [&](std::size_t n) {
+    return reinterpret_cast<std::intptr_t>(in_order[n + later]) - reinterpret_cast<std::intptr_t>(in_order[n]);
+  };
+  panels_ahead ahead;
+  for (std::size_t n = 0; n < count; ++n) ahead.k[n] = bytes_from(n), ahead.v[n] = bytes_from(n + count);
+  return ahead;
 }
 
 }  // namespace GQA_ISA

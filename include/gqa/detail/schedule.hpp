@@ -2,9 +2,9 @@
 /// \file
 /// Runs a call as its plan divides it (detail/plan.hpp): pack, attend, merge, finish.
 ///
-/// Pairs are the (sequence, KV head) combinations. A pair's rows are cut into tiles of 96 and its keys into splits of
-/// 1,024 tokens, both at fixed places. Splits always finish on their own and merge left to right, so who computes which
-/// of them cannot be seen in the result:
+/// Pairs are the (family, KV head) combinations; a family is a sequence, or several that share keys (families.hpp). A
+/// pair's rows are cut into tiles of 96 and its keys into splits of 1,024 tokens, both at fixed places. Splits always
+/// finish on their own and merge left to right, so who computes which of them cannot be seen in the result:
 ///   * a task is a row tile, its splits one after the other;
 ///   * or (decode, long sequences among short ones) one split of a row tile: its raw state goes to memory, and a second
 ///     round merges.
@@ -22,6 +22,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/families.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/tile.hpp>
@@ -45,6 +46,7 @@ class scheduler {
       : problem_(p), kv_(kv), engine_(p, kv, variant), ctx_(ctx) {}
 
   void run() {
+    if (!find_families()) return;
     plan_ = find_plan();
     if (plan_ == nullptr || !place()) return;
     const index_t kv_heads = problem_.shape.kv_heads;
@@ -59,15 +61,15 @@ class scheduler {
   }
 
  private:
-  /// The plan's sequences [first, end), and some of their KV heads.
+  /// The plan's families [first, end), and some of their KV heads.
   struct wave {
     index_t first, end;
     index_t first_head, heads;
   };
 
-  /// What a task works on: row tile `i` of `bundle` neighbouring KV heads of one sequence.
+  /// What a task works on: row tile `i` of `bundle` neighbouring KV heads of one family.
   struct bundle {
-    index_t b, g, i;
+    index_t family, g, i;
   };
 
   /// One row tile of a bundle at work.
@@ -77,27 +79,71 @@ class scheduler {
     raw_states<A> states;
   };
 
+  /// Finds sequences that share pages, if that is wanted. False if there is no memory.
+  [[nodiscard]] bool find_families() {
+    const index_t sequences = problem_.shape.batch;
+    index_t* const memory = ctx_.detail_families(sequences);
+    if (memory == nullptr) return false;
+    families_ = families(sequences, memory);
+    if constexpr (has_pages) {
+      if (!problem_.ragged.shares_prefixes) return true;
+      families_.find(sequences_in_pages{*this, problem_.largest_group()});
+    }
+    return true;
+  }
+
+  /// What families are found by.
+  struct sequences_in_pages {
+    const scheduler& call;
+    index_t group;
+    [[nodiscard]] index_t rows(index_t b) const noexcept { return call.problem_.q_len(b) * group; }
+    [[nodiscard]] index_t length(index_t b) const noexcept { return call.engine_.length(b); }
+    [[nodiscard]] index_t page_size() const noexcept { return call.kv_.page_size(); }
+    [[nodiscard]] std::span<const std::int32_t> pages(index_t b) const noexcept {
+      return call.kv_.pages_of(call.problem_.kv_sequence(b));
+    }
+    [[nodiscard]] bool has_shared_pages(index_t b) const noexcept {
+      return call.kv_.has_shared_pages(call.problem_.kv_sequence(b));
+    }
+  };
+
   [[nodiscard]] const call_plan* find_plan() {
     const call_shape& shape = problem_.shape;
-    const index_t group = problem_.largest_group(), most_rows = shape.q_len * group;
+    const index_t group = problem_.largest_group();
+    const auto rows_of = [&](index_t n) {
+      index_t rows = 0;
+      for (const index_t b : families_[n].members) rows += problem_.q_len(b) * group;
+      return rows;
+    };
+    index_t most_rows = 0;
+    for (index_t n = 0; n < families_.count(); ++n) most_rows = std::max(most_rows, rows_of(n));
     tile_rows_ = std::min(most_rows, row_tile_rows);
-    const plan_request request{shape.batch,
+    const plan_request request{families_.count(),
                                shape.kv_heads,
                                ctx_.concurrency(),
                                tile_tokens * (shape.head_dim + shape.value_dim),
                                slot_elements() * index_t{sizeof(P)},
                                state_elements() * index_t{sizeof(A)},
                                heads_lie_together(kv_) && most_rows <= bundle_rows};
-    const auto asks_of = [&](index_t b) -> sequence_request {
-      const index_t rows = problem_.q_len(b) * group;
-      return {sequence_tiles(b), ceil_div(rows, row_tile_rows), std::min(rows, row_tile_rows)};
+    const auto asks_of = [&](index_t n) -> family_request {
+      const index_t rows = rows_of(n);
+      return {engine_.tiles_of(families_[n].members), ceil_div(rows, row_tile_rows), std::min(rows, row_tile_rows)};
     };
-    const auto visits_of = [&](index_t b) {
+    const auto visits_of = [&](index_t n) {
+      const family f = families_[n];
       index_t visits = 0;
-      const index_t rows = problem_.q_len(b) * group;
-      for (index_t first = 0; first < rows; first += row_tile_rows) {
-        const index_t end = std::min(first + row_tile_rows, rows);
-        visits += engine_.tiles_of(b, first / group, (end - 1) / group).size() * std::max(end - first, least_rows);
+      if (f.members.size() == 1) {
+        const index_t b = f.members.front(), rows = rows_of(n);
+        for (index_t first = 0; first < rows; first += row_tile_rows) {
+          const index_t end = std::min(first + row_tile_rows, rows);
+          visits += engine_.tiles_of(b, first / group, (end - 1) / group).size() * std::max(end - first, least_rows);
+        }
+        return visits;
+      }
+      for (std::size_t m = 0; m < f.members.size(); ++m) {
+        const index_t rows = problem_.q_len(f.members[m]) * group;
+        const index_t tiles = engine_.tiles_of(f.members.subspan(m, 1)).size(), shared = std::min(f.shared[m], tiles);
+        visits += shared * rows + (tiles - shared) * std::max(rows, least_rows);
       }
       return visits;
     };
@@ -150,6 +196,7 @@ class scheduler {
     return w;
   }
 
+  static constexpr bool has_pages = requires(const Source& kv) { kv.pages_of(index_t{}); };
   [[nodiscard]] static bool heads_lie_together(const Source& kv) noexcept {
     if constexpr (requires { kv.heads_lie_together(); }) return kv.heads_lie_together();
     return false;
@@ -161,67 +208,64 @@ class scheduler {
     ctx_.for_each(tasks, f);
   }
 
-  [[nodiscard]] const sequence_plan& sequence(index_t n) const noexcept {
-    return plan_->sequences[static_cast<std::size_t>(n)];
+  [[nodiscard]] const family_plan& plan_of(index_t n) const noexcept {
+    return plan_->families[static_cast<std::size_t>(n)];
   }
 
-  /// Where the n-th of a wave's tasks, or of its slots, belongs: each of its sequences has `count` of them for each of
+  /// Where the n-th of a wave's tasks, or of its slots, belongs: each of its families has `count` of them for each of
   /// `heads`, after `first` before it.
   struct place_in_wave {
-    const sequence_plan& sequence;
+    const family_plan& plan;
     index_t head, n;
   };
-  [[nodiscard]] place_in_wave place_of(const wave& w, index_t heads, index_t n, index_t sequence_plan::*count,
-                                       index_t sequence_plan::*first) const noexcept {
-    const auto begin = plan_->sequences.begin() + w.first, end = plan_->sequences.begin() + w.end;
+  [[nodiscard]] place_in_wave place_of(const wave& w, index_t heads, index_t n, index_t family_plan::*count,
+                                       index_t family_plan::*first) const noexcept {
+    const auto begin = plan_->families.begin() + w.first, end = plan_->families.begin() + w.end;
     const auto after =
-        std::upper_bound(begin, end, n / heads, [first](index_t at, const sequence_plan& s) { return at < s.*first; });
-    const sequence_plan& s = *(after - 1);
-    const index_t within = n - heads * s.*first;
-    return {s, within / (s.*count), within % (s.*count)};
-  }
-
-  [[nodiscard]] key_range sequence_tiles(index_t b) const noexcept {
-    return problem_.q_len(b) == 0 ? key_range{0, 0} : engine_.tiles_of(b, 0, problem_.q_len(b) - 1);
+        std::upper_bound(begin, end, n / heads, [first](index_t at, const family_plan& f) { return at < f.*first; });
+    const family_plan& f = *(after - 1);
+    const index_t within = n - heads * f.*first;
+    return {f, within / (f.*count), within % (f.*count)};
   }
 
   /// Packs the tiles that several row tiles of a wave read.
   void pack(const wave& w) {
-    const sequence_plan& last = sequence(w.end - 1);
+    const family_plan& last = plan_of(w.end - 1);
     for_each(w.heads * (last.first_slot + last.slots) / tiles_packed_together, [&](index_t task, index_t) {
       const place_in_wave at =
-          place_of(w, w.heads, task * tiles_packed_together, &sequence_plan::slots, &sequence_plan::first_slot);
-      const sequence_plan& s = at.sequence;
+          place_of(w, w.heads, task * tiles_packed_together, &family_plan::slots, &family_plan::first_slot);
+      const family_plan& f = at.plan;
       const index_t g = w.first_head + at.head;
       if (problem_.group_size(g) == 0) return;
-      const index_t begin = s.asks.tiles.begin + at.n, end = std::min(begin + tiles_packed_together, s.asks.tiles.end);
+      const index_t begin = f.asks.tiles.begin + at.n, end = std::min(begin + tiles_packed_together, f.asks.tiles.end);
       for (index_t i = begin; i < end; ++i) {
-        const index_t slot = slot_of(w, s, g, i);
-        tiles_[slot] = engine_.tile(s.b, g, i, packed_ + slot * slot_elements());
+        const index_t slot = slot_of(w, f, g, i);
+        tiles_[slot] = engine_.tile(families_[f.family].members.front(), g, i, packed_ + slot * slot_elements());
       }
     });
   }
 
-  [[nodiscard]] static index_t slot_of(const wave& w, const sequence_plan& s, index_t g, index_t tile) noexcept {
-    return w.heads * s.first_slot + (g - w.first_head) * s.slots + tile - s.asks.tiles.begin;
+  [[nodiscard]] static index_t slot_of(const wave& w, const family_plan& f, index_t g, index_t tile) noexcept {
+    return w.heads * f.first_slot + (g - w.first_head) * f.slots + tile - f.asks.tiles.begin;
   }
 
   /// How key tile i of a sequence of the wave is read: the function tile_at(b, g, i, scratch).
-  [[nodiscard]] auto tile_reader(const wave& w, const sequence_plan& s) const noexcept {
-    return [this, &w, &s](index_t b, index_t g, index_t i, P* scratch) noexcept {
-      if (s.slots == 0) return engine_.tile(b, g, i, scratch);
-      return tiles_[slot_of(w, s, g, i)];
+  [[nodiscard]] auto tile_reader(const wave& w, const family_plan& f) const noexcept {
+    return [this, &w, &f](index_t b, index_t g, index_t i, P* scratch) noexcept {
+      if (f.slots == 0) return engine_.tile(b, g, i, scratch);
+      return tiles_[slot_of(w, f, g, i)];
     };
   }
 
   /// The n-th row tile of a bundle; no rows if a smaller group has fewer tiles.
   [[nodiscard]] row_tile row_tile_of(const bundle& item, index_t n) const noexcept {
     const index_t g = item.g + n, first = item.i * row_tile_rows;
-    return {item.b, g, first, std::clamp<index_t>(engine_.rows_of(item.b, g) - first, 0, row_tile_rows)};
+    const std::span<const index_t> members = families_[item.family].members;
+    return {members, g, first, std::clamp<index_t>(engine_.rows_of(members, g) - first, 0, row_tile_rows)};
   }
   /// Key tiles of a bundle. Those of several KV heads have all of their rows in it.
   [[nodiscard]] key_range tiles_of(const bundle& item) const noexcept {
-    if (plan_->bundle > 1) return sequence_tiles(item.b);
+    if (plan_->bundle > 1) return engine_.tiles_of(families_[item.family].members);
     const row_tile t = row_tile_of(item, 0);
     return t.rows == 0 ? key_range{0, 0} : engine_.tiles_of(t);
   }
@@ -229,15 +273,15 @@ class scheduler {
   /// Runs the tasks of a wave. Late rows see most keys: first.
   void attend(const wave& w) {
     const index_t heads = w.heads / plan_->bundle;
-    const sequence_plan& last = sequence(w.end - 1);
+    const family_plan& last = plan_of(w.end - 1);
     for_each(heads * (last.first_task + last.tasks), [&](index_t task, index_t worker) {
-      const place_in_wave at = place_of(w, heads, task, &sequence_plan::tasks, &sequence_plan::first_task);
-      const sequence_plan& s = at.sequence;
-      const bundle item{s.b, w.first_head + at.head * plan_->bundle, s.asks.row_tiles - 1 - at.n / s.parts};
-      if (s.parts == 1) {
-        attend_rows(item, tile_reader(w, s), worker);
+      const place_in_wave at = place_of(w, heads, task, &family_plan::tasks, &family_plan::first_task);
+      const family_plan& f = at.plan;
+      const bundle item{f.family, w.first_head + at.head * plan_->bundle, f.asks.row_tiles - 1 - at.n / f.parts};
+      if (f.parts == 1) {
+        attend_rows(item, tile_reader(w, f), worker);
       } else {
-        attend_part(w, s, item, at.n % s.parts, worker);
+        attend_part(w, f, item, at.n % f.parts, worker);
       }
     });
   }
@@ -263,37 +307,37 @@ class scheduler {
   }
 
   /// One split of a bundle, its states left in memory.
-  void attend_part(const wave& w, const sequence_plan& s, const bundle& item, index_t part, index_t worker) const {
+  void attend_part(const wave& w, const family_plan& f, const bundle& item, index_t part, index_t worker) const {
     const key_range tiles = tiles_of(item);
-    if (part >= splits_of(tiles)) return;  // a row tile that sees less than the sequence's others
+    if (part >= splits_of(tiles)) return;  // a row tile that sees less than the family's others
     load_queries(item, worker);
-    attend_split(item, split_of(tiles, part), tile_reader(w, s), worker, [&](index_t n, const workspace&) {
-      return part_states(w, s, {item.b, item.g + n, item.i}, part);
+    attend_split(item, split_of(tiles, part), tile_reader(w, f), worker, [&](index_t n, const workspace&) {
+      return part_states(w, f, {item.family, item.g + n, item.i}, part);
     });
   }
 
   /// Merges the splits of row tiles from left to right, where they were tasks of their own.
   void merge_apart(const wave& w) {
-    const sequence_plan& last = sequence(w.end - 1);
+    const family_plan& last = plan_of(w.end - 1);
     for_each(w.heads * (last.first_merge + last.merges), [&](index_t task, index_t) {
-      const place_in_wave at = place_of(w, w.heads, task, &sequence_plan::merges, &sequence_plan::first_merge);
-      const sequence_plan& s = at.sequence;
-      const bundle item{s.b, w.first_head + at.head, at.n};
+      const place_in_wave at = place_of(w, w.heads, task, &family_plan::merges, &family_plan::first_merge);
+      const family_plan& f = at.plan;
+      const bundle item{f.family, w.first_head + at.head, at.n};
       const row_tile t = row_tile_of(item, 0);
       if (t.rows == 0) return;
       const key_range tiles = engine_.tiles_of(t);
-      const raw_states<A> total = part_states(w, s, item, 0);
+      const raw_states<A> total = part_states(w, f, item, 0);
       if (tiles.size() == 0) engine_.clear(t, total);
-      for (index_t n = 1; n < splits_of(tiles); ++n) engine_.merge(t, total, part_states(w, s, item, n));
+      for (index_t n = 1; n < splits_of(tiles); ++n) engine_.merge(t, total, part_states(w, f, item, n));
       engine_.finish(t, total);
     });
   }
 
   /// Raw states of a split that is a task of its own.
-  [[nodiscard]] raw_states<A> part_states(const wave& w, const sequence_plan& s, const bundle& item,
+  [[nodiscard]] raw_states<A> part_states(const wave& w, const family_plan& f, const bundle& item,
                                           index_t part) const noexcept {
-    const index_t row_tile = (item.g - w.first_head) * s.asks.row_tiles + item.i;
-    A* const at = states_ + (w.heads * s.first_state + row_tile * s.parts + part) * state_elements();
+    const index_t row_tile = (item.g - w.first_head) * f.asks.row_tiles + item.i;
+    A* const at = states_ + (w.heads * f.first_state + row_tile * f.parts + part) * state_elements();
     A* const sums = at + tile_rows_ * engine_.out_stride();
     return {sums + tile_rows_, sums, at};
   }
@@ -318,21 +362,53 @@ class scheduler {
       if (t.rows > 0) all[count++] = {t, w, states_of(n, w)};
     }
     const std::span<member> members = all.first(count);
+    for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
+    const family of_rows = families_[item.family];
+    if (of_rows.members.size() == 1) {
+      attend_tiles(members, split, tile_at);
+    } else {
+      for (const member& m : members) attend_shared(m, of_rows, split, tile_at);
+    }
+    for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
+  }
+
+  /// Key tiles for all rows of a family's row tile as far as its members have them in common, and the rest for those
+  /// who share more of it, and so on, until each is alone with its own. A row's state goes on from one to the next.
+  template <class TileAt>
+  void attend_shared(member m, const family& f, key_range tiles, const TileAt& tile_at) const {
+    const bool alone = f.members.size() == 1;
+    const index_t common = alone ? tiles.end : *std::min_element(f.shared.begin() + 1, f.shared.end());
+    const index_t end = std::clamp(common, tiles.begin, tiles.end);
+    const key_range seen = engine_.tiles_of(m.rows);
+    const key_range together{std::max(tiles.begin, seen.begin), std::min(end, seen.end)};
+    if (together.size() > 0) attend_tiles(std::span(&m, 1), together, tile_at);
+    if (end == tiles.end) return;
+    for (std::size_t first = 0, next = 0; first < f.members.size(); first = next) {
+      for (next = first + 1; next < f.members.size() && f.shared[next] > end;) ++next;
+      const family some{f.members.subspan(first, next - first), f.shared.subspan(first, next - first)};
+      member part = m;
+      engine_.narrow(some.members, part.rows, part.w, part.states);
+      attend_shared(part, some, {end, tiles.end}, tile_at);
+    }
+  }
+
+  /// Key tiles one by one, each for all row tiles of a bundle.
+  template <class TileAt>
+  void attend_tiles(std::span<member> members, key_range tiles, const TileAt& tile_at) const {
     // Members of a bundle have their sequence's positions in common, and so the tiles that they see whole.
     key_range in_place{0, 0};
     index_t readers = 0;
-    for (member& m : members) {
-      engine_.begin_split(m.rows, m.w, m.states);
+    for (const member& m : members) {
       if (m.w.in_place) in_place = m.w.whole, ++readers;
     }
     for (member& m : members) {
       if (m.w.in_place) engine_.look_ahead(m.rows, readers, m.w);
     }
-    for (index_t i = split.begin; i < split.end;) {
-      if (count == 1) i = engine_.stream(members[0].rows, {i, split.end}, members[0].w, members[0].states);
-      if (i == split.end) break;
+    for (index_t i = tiles.begin; i < tiles.end;) {
+      if (members.size() == 1) i = engine_.stream(members[0].rows, {i, tiles.end}, members[0].w, members[0].states);
+      if (i == tiles.end) break;
       const bool runs = in_place.begin <= i && i < in_place.end;
-      const key_range run{i, runs ? std::min({i + run_tiles, in_place.end, split.end}) : i + 1};
+      const key_range run{i, runs ? std::min({i + run_tiles, in_place.end, tiles.end}) : i + 1};
       if (runs) attend_in_place(members, run);
       for (; i < run.end; ++i) {
         for (member& m : members) {
@@ -340,7 +416,6 @@ class scheduler {
         }
       }
     }
-    for (member& m : members) engine_.end_split(m.rows, m.w, m.states);
   }
 
   /// A run of key tiles for those of a bundle who read it in place: all heads of a group of tokens before the next
@@ -367,6 +442,7 @@ class scheduler {
   const Source& kv_;
   engine engine_;
   context& ctx_;
+  families families_;
   const call_plan* plan_ = nullptr;
 
   index_t tile_rows_ = 0;  // of the fullest row tile

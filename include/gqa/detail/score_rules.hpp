@@ -26,6 +26,7 @@ inline namespace GQA_ISA {
 struct row_index {
   index_t batch, query, q_head;  // query: index in the call
   index_t position;              // absolute
+  index_t keys;                  // valid ones of its sequence
 };
 
 /// Row (b, h, s) of a [B|1, H|1, S, T] tensor, as a pointer to key 0; the stride between keys is view.stride(3).

@@ -28,6 +28,10 @@ inline constexpr index_t tile_tokens = 64;
 inline constexpr index_t tile_panels = tile_tokens / panel_tokens;
 inline constexpr index_t value_block = 64;
 
+/// Rows of queries that meet a tile together: a multiple of the register block; its queries, scores and outputs (96 x
+/// (128 + 64 + 2 x 128) floats, 172 KB) stay in L2 beside a tile of K and V.
+inline constexpr index_t row_tile_rows = 96;
+
 /// KV is cut at multiples of this many tokens into splits that finish on their own and merge left to right, always,
 /// so that a long row may be computed by several workers without changing a bit.
 inline constexpr index_t split_tokens = 1024;
@@ -86,7 +90,7 @@ template <class P>
 struct kv_tile {
   std::array<const P*, tile_panels> k{};
   std::array<const P*, tile_panels> v{};
-  const P* next = nullptr;             // where the next tile may lie, to be asked for in time
+  const P* next = nullptr;             // where the next tile may lie, to be asked for in time; not of scattered panels
   std::uint32_t nonfinite_values = 0;  // bit i: panel i holds a value that is NaN or infinite
 };
 

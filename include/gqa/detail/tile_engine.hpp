@@ -17,6 +17,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include <gqa/config.hpp>
@@ -33,18 +34,18 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Rows of a tile: a multiple of the register block; its queries, scores and outputs (96 x (128 + 64 + 2 x 128) floats,
-/// 172 KB) stay in L2 beside a tile of K and V.
-inline constexpr index_t row_tile_rows = 96;
-
 /// Key tiles that few rows read in place at a time: keys of all, then values of all, because memory comes faster in
 /// longer streams: a split's. Their scores take the place of a full row tile's.
 inline constexpr index_t run_tiles = split_tiles;
 
-/// Some rows of a (sequence, KV head).
+/// Some rows of a KV head: of one sequence, or all those of each of several that share keys (families.hpp).
 struct row_tile {
-  index_t b, g;
-  index_t first, rows;  // rows [first, first + rows)
+  std::span<const index_t> members;  // sequences of the batch
+  index_t g;
+  index_t first, rows;  // rows [first, first + rows); of several members first is 0
+
+  /// Whose keys are read.
+  [[nodiscard]] index_t b() const noexcept { return members.front(); }
 };
 
 /// Scratch of one worker, carved from one piece of memory.
@@ -126,6 +127,11 @@ class tile_engine {
   [[nodiscard]] index_t rows_of(index_t b, index_t g) const noexcept {
     return problem_.q_len(b) * problem_.group_size(g);
   }
+  [[nodiscard]] index_t rows_of(std::span<const index_t> members, index_t g) const noexcept {
+    index_t rows = 0;
+    for (const index_t b : members) rows += rows_of(b, g);
+    return rows;
+  }
   /// Key tile i, where the source has it or packed into scratch.
   [[nodiscard]] kv_tile<P> tile(index_t b, index_t g, index_t i, P* scratch) const noexcept {
     return kv_.tile(problem_.kv_sequence(b), g, i, tokens_of(b, i), scratch);
@@ -142,9 +148,20 @@ class tile_engine {
     if (seen.size() == 0) return {0, 0};
     return {seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
   }
+  /// The same of all queries of some sequences together.
+  [[nodiscard]] key_range tiles_of(std::span<const index_t> members) const noexcept {
+    key_range all{0, 0};
+    for (const index_t b : members) {
+      const key_range own = problem_.q_len(b) == 0 ? key_range{0, 0} : tiles_of(b, 0, problem_.q_len(b) - 1);
+      if (own.size() > 0)
+        all = all.size() == 0 ? own : key_range{std::min(all.begin, own.begin), std::max(all.end, own.end)};
+    }
+    return all;
+  }
   [[nodiscard]] key_range tiles_of(const row_tile& t) const noexcept {
-    const index_t group = problem_.group_size(t.g);
-    return tiles_of(t.b, t.first / group, (t.first + t.rows - 1) / group);
+    if (t.members.size() > 1) return tiles_of(t.members);
+    const query_range seen = queries_of(t, t.b());
+    return tiles_of(t.b(), seen.first, seen.last);
   }
 
   /// Valid tokens of a key tile.
@@ -169,7 +186,17 @@ class tile_engine {
     // Nothing may be hidden from rows that read in place: values there cannot be kept out of a sum, were they NaN. What
     // decides is the call's shape and options; the contents of a mask would let one head's mask choose another's
     // kernel, and so its bits.
-    w.in_place = reads_rows_ && sees_intervals(t.b) && rows_of(t.b, t.g) <= block_rows;
+    w.in_place = reads_rows_ && sees_intervals(t) && rows_of(t.b(), t.g) <= block_rows;
+  }
+  /// The row tile of some members of a family's, with its part of the workspace and the states.
+  void narrow(std::span<const index_t> members, row_tile& t, workspace& w, raw_states<A>& states) const noexcept {
+    const index_t skipped = rows_of(t.members.first(static_cast<std::size_t>(members.data() - t.members.data())), t.g);
+    t.members = members;
+    t.rows = rows_of(members, t.g);
+    w.q += skipped * q_stride();
+    if constexpr (sums_in_lanes<L>) w.lanes += skipped * packet_size<A>;
+    w.whole = whole_tiles(t);
+    states = {states.max + skipped, states.sum + skipped, states.out + skipped * out_stride()};
   }
   /// What to ask for while rows are read in place by `heads` KV heads, one after the other.
   void look_ahead(const row_tile& t, index_t heads, workspace& w) const noexcept {
@@ -182,7 +209,9 @@ class tile_engine {
     const visibility block = find_block_visible(t, i);
     w.all_seen = block == visibility::all && w.whole.begin <= i && i < w.whole.end && !problem_.options.mask;
     if (block == visibility::none || !find_visible(t, i, block, w)) return;
-    attend_tile(t, i, tile_at(t.b, t.g, i, w.tile), w, states);
+    const kv_tile<P> now = tile_at(t.b(), t.g, i, w.tile);
+    const bool follows = scattered && (i + 1) * tile_tokens < length(t.b());
+    attend_tile(t, i, now, follows ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
   }
 
   /// Attends to the first of the key tiles as far as they lie in memory and a single row block sees all of them, with
@@ -191,9 +220,16 @@ class tile_engine {
   [[nodiscard]] index_t stream(const row_tile& t, key_range tiles, workspace& w,
                                const raw_states<A>& states) const noexcept {
     index_t i = tiles.begin;
-    if (!streams_ || !sees_intervals(t.b) || t.rows > stream_rows<A> || i < w.whole.begin) return i;
+    if (!streams_ || !sees_intervals(t) || t.rows > stream_rows<A> || i < w.whole.begin) return i;
+    const index_t end = std::min(tiles.end, w.whole.end);
+    if (i >= end) return i;
     w.all_seen = true;
-    for (; i < std::min(tiles.end, w.whole.end); ++i) stream_tile(t, tile(t.b, t.g, i, nullptr), w, states);
+    kv_tile<P> now = tile(t.b(), t.g, i, nullptr);
+    for (; i < end; ++i) {
+      const kv_tile<P> next = i + 1 < tiles.end ? tile(t.b(), t.g, i + 1, nullptr) : now;
+      stream_tile(t, now, next, w, states);
+      now = next;
+    }
     return i;
   }
 
@@ -205,7 +241,7 @@ class tile_engine {
   /// In place, first: the scores of a group.
   void score_group(const row_tile& t, const group_place& at, workspace& w) const noexcept {
     if constexpr (has_rows) {
-      const auto rows = kv_.rows(problem_.kv_sequence(t.b), t.g, at.first_token());
+      const auto rows = kv_.rows(problem_.kv_sequence(t.b()), t.g, at.first_token());
       row_kernels_of(rows).scores[static_cast<std::size_t>(t.rows - 1)](
           rows.k, w.ahead.k, w.q, q_stride(), problem_.shape.head_dim,
           w.s + at.slot * t.rows * tile_tokens + at.n * group_tokens);
@@ -224,7 +260,7 @@ class tile_engine {
         std::fill_n(w.tile_sums, t.rows * out_stride(), A{0});
         std::fill_n(w.tile_weights, t.rows, A{0});
       }
-      const auto rows = kv_.rows(problem_.kv_sequence(t.b), t.g, at.first_token());
+      const auto rows = kv_.rows(problem_.kv_sequence(t.b()), t.g, at.first_token());
       row_kernels_of(rows).values[static_cast<std::size_t>(t.rows - 1)](
           rows.v, w.ahead.v, w.p + at.slot * t.rows * tile_tokens + at.n * group_tokens, {w.tile_sums, w.tile_weights},
           out_stride(), problem_.shape.value_dim);
@@ -269,16 +305,18 @@ class tile_engine {
 
  private:
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
+  static constexpr bool scattered = has_scattered_panels<Source>;
   static constexpr bool has_rows = requires(const Source& kv) {
     kv.rows(index_t{}, index_t{}, index_t{});
     kv.ahead(index_t{}, group_visit{});
   };
 
-  /// Whether the interval rules alone decide what a sequence sees. A variant may say so of some sequences of a batch,
-  /// whose bits are then those of a call without it.
-  [[nodiscard]] bool sees_intervals(index_t b) const noexcept {
+  /// Whether the interval rules alone decide what rows see. A variant may say so of some sequences of a batch, whose
+  /// bits are then those of a call without it.
+  [[nodiscard]] bool sees_intervals(const row_tile& t) const noexcept {
     if (problem_.options.mask) return false;
-    if constexpr (requires { variant_.hides_in(b); }) return !variant_.hides_in(b);
+    if constexpr (requires { variant_.hides_in(t.b()); })
+      return std::none_of(t.members.begin(), t.members.end(), [this](index_t b) { return variant_.hides_in(b); });
     return !hides_keys<Variant>;
   }
 
@@ -310,41 +348,75 @@ class tile_engine {
     return row_kernel_takes<A, typename Source::element, L>(shape.head_dim, shape.value_dim);
   }
 
+  /// Row r of a sequence.
+  [[nodiscard]] row_index index_of(index_t b, index_t g, index_t r) const noexcept {
+    const index_t group = problem_.group_size(g), s = r / group, keys = length(b);
+    return {b, s, problem_.first_head(g) + r % group, problem_.query_offset(b, keys) + s, keys};
+  }
   [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
-    const index_t group = problem_.group_size(t.g), s = (t.first + r) / group;
-    return {t.b, s, problem_.first_head(t.g) + (t.first + r) % group, problem_.query_offset(t.b, length(t.b)) + s};
+    r += t.first;
+    auto b = t.members.begin();
+    if (t.members.size() > 1) {
+      for (; r >= rows_of(*b, t.g); ++b) r -= rows_of(*b, t.g);
+    }
+    return index_of(*b, t.g, r);
   }
 
   /// Calls f(r, row) for the rows of a tile.
   template <class F>
   void for_each_row(const row_tile& t, const F& f) const {
-    if (t.rows == 0) return;
     const index_t first_head = problem_.first_head(t.g), end_head = first_head + problem_.group_size(t.g);
-    row_index row = index_of(t, 0);
-    for (index_t r = 0; r < t.rows; ++r) {
-      f(r, row);
-      if (++row.q_head == end_head) row.q_head = first_head, ++row.query, ++row.position;
+    for (index_t r = 0, n = 0; r < t.rows; ++n) {
+      const index_t b = t.members[static_cast<std::size_t>(n)];
+      const index_t end = t.members.size() == 1 ? t.rows : r + rows_of(b, t.g);
+      if (r == end) continue;
+      for (row_index row = index_of(b, t.g, t.first); r < end; ++r) {
+        f(r, row);
+        if (++row.q_head == end_head) row.q_head = first_head, ++row.query, ++row.position;
+      }
     }
+  }
+
+  /// Queries of sequence b that have rows in a tile.
+  struct query_range {
+    index_t first, last;
+  };
+  [[nodiscard]] query_range queries_of(const row_tile& t, index_t b) const noexcept {
+    if (t.members.size() > 1) return {0, problem_.q_len(b) - 1};
+    const index_t group = problem_.group_size(t.g);
+    return {t.first / group, (t.first + t.rows - 1) / group};
   }
 
   /// Tiles all of whose 64 keys are seen by every row, by the interval rules. (Once a split: its divisions cost a tenth
   /// of a decode step's time over a tile.)
   [[nodiscard]] key_range whole_tiles(const row_tile& t) const noexcept {
-    const index_t keys = length(t.b), group = problem_.group_size(t.g), offset = problem_.query_offset(t.b, keys);
-    const index_t first_query = offset + t.first / group, last_query = offset + (t.first + t.rows - 1) / group;
-    // Interval ends grow with the position: the last row's begin and the first row's end bound all rows.
-    const index_t begin = interval_.keys_of(last_query, keys).begin, end = interval_.keys_of(first_query, keys).end;
-    return {ceil_div(begin, tile_tokens), std::max<index_t>(end, 0) / tile_tokens};
+    key_range whole{0, position_limit};
+    for (const index_t b : t.members) {
+      const index_t keys = length(b), offset = problem_.query_offset(b, keys);
+      const query_range queries = queries_of(t, b);
+      // Interval ends grow with the position: the last row's begin and the first row's end bound all rows.
+      const index_t begin = interval_.keys_of(offset + queries.last, keys).begin;
+      const index_t end = interval_.keys_of(offset + queries.first, keys).end;
+      whole = {std::max(whole.begin, ceil_div(begin, tile_tokens)),
+               std::min(whole.end, std::max<index_t>(end, 0) / tile_tokens)};
+    }
+    return whole;
   }
 
   /// What a variant says of key tile i as a block.
   [[nodiscard]] visibility find_block_visible(const row_tile& t, index_t i) const {
     if constexpr (hides_blocks<Variant>) {
-      const index_t keys = length(t.b), group = problem_.group_size(t.g), head = problem_.first_head(t.g);
-      const index_t offset = problem_.query_offset(t.b, keys), first_key = i * tile_tokens;
-      return variant_.visible(key_block{t.b, head, head + group, offset + t.first / group,
-                                        offset + (t.first + t.rows - 1) / group + 1, first_key,
-                                        std::min(first_key + tile_tokens, keys)});
+      const index_t head = problem_.first_head(t.g), head_end = head + problem_.group_size(t.g);
+      const auto says_of = [&](index_t b) {
+        const index_t keys = length(b), offset = problem_.query_offset(b, keys), first_key = i * tile_tokens;
+        const query_range queries = queries_of(t, b);
+        return variant_.visible(key_block{b, head, head_end, offset + queries.first, offset + queries.last + 1,
+                                          first_key, std::min(first_key + tile_tokens, keys)});
+      };
+      const visibility first = says_of(t.b());
+      const bool agree =
+          std::all_of(t.members.begin() + 1, t.members.end(), [&](index_t b) { return says_of(b) == first; });
+      return agree ? first : visibility::some;
     } else {
       return hides_keys<Variant> ? visibility::some : visibility::all;
     }
@@ -357,10 +429,10 @@ class tile_engine {
       std::fill_n(visible, t.rows, all_keys);
       return true;
     }
-    const index_t keys = length(t.b), first_key = i * tile_tokens;
+    const index_t first_key = i * tile_tokens;
     std::uint64_t any = 0;
     for_each_row(t, [&](index_t r, const row_index& row) {
-      const key_range seen = interval_.keys_of(row.position, keys);
+      const key_range seen = interval_.keys_of(row.position, row.keys);
       std::uint64_t bits = bits_between(seen.begin - first_key, seen.end - first_key);
       if (problem_.options.mask) bits = keep_unmasked(bits, row, first_key);
       if (block == visibility::some) bits = keep_visible(bits, row, first_key);
@@ -401,7 +473,7 @@ class tile_engine {
   }
 
   /// One key tile: scores and weights of all row blocks while K is hot, then their outputs while V is.
-  void attend_tile(const row_tile& t, index_t i, const kv_tile<P>& tile, workspace& w,
+  void attend_tile(const row_tile& t, index_t i, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
                    const raw_states<A>& states) const {
     const index_t blocks = ceil_div(t.rows, block_rows);
     const auto first_row = [&](index_t block) { return block * t.rows / blocks; };  // blocks of even size
@@ -410,7 +482,7 @@ class tile_engine {
       for (index_t block = 0; block < blocks; ++block) {
         const index_t row = first_row(block), row_end = first_row(block + 1);
         move_to(row, row_end, w, states, op);
-        op.next = next_of(tile, block);
+        op.next = next_of(tile, next, block);
         f(row, row_end);
       }
     };
@@ -418,16 +490,17 @@ class tile_engine {
     for_each_block([&](index_t row, index_t row_end) { apply_block(row, row_end, op, w, states); });
   }
 
-  void stream_tile(const row_tile& t, const kv_tile<P>& tile, workspace& w,
+  void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
                    const raw_states<A>& states) const noexcept {
-    using kernels = row_block_kernels<P, L>;
+    using kernels = stream_kernels<P, L, scattered ? reading::scattered : reading::in_order>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
-    const block_operands<P, L> op = operands_of(tile, w, states);
-    kernels::streamed_scores[rows](op);
+    block_operands<P, L> op = operands_of(tile, w, states);
+    if constexpr (scattered) op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels);
+    kernels::scores[rows](op);
     fetch_start(tile.v[0]);
     softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
-    kernels::streamed_values[rows](op);
-    fetch_start(tile.next);
+    kernels::values[rows](op);
+    fetch_start(next.k[0]);
   }
 
   /// Asks for the start of what is read next, so that memory stays busy while something else is computed. (More of it,
@@ -441,11 +514,22 @@ class tile_engine {
   }
 
   /// What row block `block` asks for of the next tile, until blocks before it have asked for all of it.
-  [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, index_t block) const noexcept {
+  [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, const kv_tile<P>& next, index_t block) const noexcept {
     const index_t keys = block * fetched_.keys, values = block * fetched_.values;
-    if (keys >= fetched_.all_keys && values >= fetched_.all_values) return {tile.k[0], 0, 0};  // at hand: costs nothing
-    return {tile.next, keys, fetched_.all_keys + values};
+    if (keys >= fetched_.all_keys && values >= fetched_.all_values) return at_hand(tile);
+    constexpr index_t size = sizeof(P);
+    if constexpr (scattered) {
+      const auto byte_of = [](const std::array<const P*, tile_panels>& panels, index_t all, index_t byte) {
+        const index_t panel = std::min(byte * tile_panels / all, tile_panels - 1);
+        return panels[static_cast<std::size_t>(panel)] + (byte - panel * (all / tile_panels)) / size;
+      };
+      return {byte_of(next.k, fetched_.all_keys, keys), byte_of(next.v, fetched_.all_values, values)};
+    } else {
+      return {tile.next + keys / size, tile.next + (fetched_.all_keys + values) / size};
+    }
   }
+  /// Lines that are there already, which costs nothing.
+  [[nodiscard]] static next_tile<P> at_hand(const kv_tile<P>& tile) noexcept { return {tile.k[0], tile.v[0]}; }
 
   /// The operands of the first row on a tile, all of whose panels are seen.
   [[nodiscard]] block_operands<P, L> operands_of(const kv_tile<P>& tile, workspace& w,
@@ -466,7 +550,7 @@ class tile_engine {
             tile_panels,
             w.tile_sums,
             w.tile_weights,
-            {tile.k[0], 0, 0}};
+            at_hand(tile)};
   }
   /// The same of rows [row, row_end), on the panels that some of them see.
   void move_to(index_t row, index_t row_end, const workspace& w, const raw_states<A>& states,

@@ -48,11 +48,11 @@ inline constexpr int stream_rows = (packet_size<A> == panel_tokens && packet_reg
 [[nodiscard]] constexpr index_t bytes_fetched(index_t steps) noexcept {
   return 64 * steps;
 }
-/// What a row block asks for: from so many bytes after `at` on.
+/// What a row block asks for, from where on.
 template <class P>
 struct next_tile {
-  const P* at;
-  index_t keys, values;
+  const P* keys;
+  const P* values;
 };
 
 /// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
@@ -114,11 +114,23 @@ struct block_operands {
   A* tile_sums;                    // [Rows, padded E] and
   A* tile_weights;                 // [Rows]: scratch of products in the order of memory
   next_tile<P> next;
+  panels_ahead ahead = {};  // what scattered panels ask for
 };
 
-/// S[:, column : column + Vectors packets] = Q K^T; asks for the next tile, or, in the order of memory, for what
-/// follows.
-template <class P, class L, int Rows, int Vectors, bool InOrder>
+/// How a tile is read: by blocks, which ask for the next one meanwhile; or from memory, panel by panel, by a single
+/// block, which asks for what follows in memory or, of scattered panels, in its order.
+enum class reading { blocks, in_order, scattered };
+
+/// Bytes from panel `panel` to what it asks for: a constant where that follows in memory (which gains 2 %).
+template <reading How>
+[[nodiscard]] GQA_INLINE index_t bytes_ahead([[maybe_unused]] const std::array<index_t, tile_panels>& of_panels,
+                                             [[maybe_unused]] index_t panel) noexcept {
+  if constexpr (How == reading::scattered) return of_panels[static_cast<std::size_t>(panel)];
+  return read_ahead_bytes;
+}
+
+/// S[:, column : column + Vectors packets] = Q K^T.
+template <class P, class L, int Rows, int Vectors, reading How>
 void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
@@ -131,12 +143,13 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     const index_t c = column + v * width;
     b[v] = op.tile.k[static_cast<std::size_t>(c / panel_tokens)] + c % panel_tokens * lanes;
   }
-  index_t next = op.next.keys + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
+  index_t next = column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
+  const index_t ahead = bytes_ahead<How>(op.ahead.k, column / panel_tokens);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
-    if constexpr (!InOrder) prefetch<2>(op.next.at, next), next += 64;
+    if constexpr (How == reading::blocks) prefetch<2>(op.next.keys, next), next += 64;
     GQA_UNROLL
-    for (int v = 0; v < Vectors && InOrder; ++v)
-      fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes);
+    for (int v = 0; v < Vectors && How != reading::blocks; ++v)
+      fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes, ahead);
     multiply_step<P, L>(sum, op.q + d, op.q_stride, b);
     GQA_UNROLL
     for (int v = 0; v < Vectors; ++v) b[v] += panel_tokens * lanes;
@@ -170,9 +183,9 @@ void value_columns(const block_operands<P, L>& op, const value_place& at) noexce
   const L* const weights_at = op.p + at.first_row * tile_tokens;
   // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
   const index_t first = at.block * panel_tokens + at.column * lanes, end = op.panel_end * panel_tokens;
-  index_t next = op.next.values + (at.block + at.column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
+  index_t next = (at.block + at.column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
-    prefetch<2>(op.next.at, next), next += 64;
+    prefetch<2>(op.next.values, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
         op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * at.columns;
@@ -225,7 +238,7 @@ template <class P, class L, int Rows>
 void score_block(const block_operands<P, L>& op) noexcept {
   for_each_column_block<accumulator_t<P>>(
       op.panel_begin * panel_tokens, op.panel_end * panel_tokens,
-      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, false>(op, column); });
+      [&op]<int Vectors>(index_t column) { score_columns<P, L, Rows, Vectors, reading::blocks>(op, column); });
 }
 
 /// Calls f.template operator()<Vectors, Weights>(place) for the value columns, block by block of 64, at most `Most`
@@ -295,16 +308,16 @@ void add_tile_sums(const weighted_sums<A>& tile, const A* alpha, const weighted_
 }
 
 /// Scores panel by panel: memory from front to back.
-template <class P, class L, int Rows>
+template <class P, class L, int Rows, reading How>
 void score_block_in_order(const block_operands<P, L>& op) noexcept {
   constexpr int panel_vectors = static_cast<int>(panel_tokens / packet_size<accumulator_t<P>>);
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel)
-    score_columns<P, L, Rows, panel_vectors, true>(op, panel * panel_tokens);
+    score_columns<P, L, Rows, panel_vectors, How>(op, panel * panel_tokens);
 }
 
 /// sums[:, Vectors packets of columns] += P V of one panel, from 0 if it is the first. (Its loop steps pointers:
 /// finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its speed.)
-template <class P, class L, int Rows, int Vectors, int Weights>
+template <class P, class L, int Rows, int Vectors, int Weights, reading How>
 void value_panel_columns(const block_operands<P, L>& op, index_t panel, const value_place& at) noexcept {
   using A = accumulator_t<P>;
   constexpr int width = packet_size<A>;
@@ -320,13 +333,14 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, const va
   std::array<A, Weights> weights{};
   if (!starts) std::copy_n(op.tile_weights + at.first_row, Weights, weights.begin());
   const L* const p = op.p + panel * panel_tokens;
+  const index_t ahead = bytes_ahead<How>(op.ahead.v, panel);
   const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + at.block * panel_tokens + at.column * lanes;
   const P* b[Vectors];
   GQA_UNROLL
   for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
   for (index_t t = 0; t < panel_tokens; t += lanes) {
     GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * at.columns + v * width * lanes);
+    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * at.columns + v * width * lanes, ahead);
     multiply_step<P, L>(sum, p + t, tile_tokens, b);
     add_weights<P, L>(weights, p + at.first_row * tile_tokens + t);
     GQA_UNROLL
@@ -341,14 +355,14 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, const va
 }
 
 /// Output of a row block, panel by panel: each panel's columns have their sums in L1 while the others' turn is.
-template <class P, class L, int Rows>
+template <class P, class L, int Rows, reading How>
 void value_block_in_order(const block_operands<P, L>& op) noexcept {
   using A = accumulator_t<P>;
   constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
   for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
     for_each_value_column<P, L, Rows, vectors>(op.value_dim,
                                                [&op, panel]<int Vectors, int Weights>(const value_place& at) {
-                                                 value_panel_columns<P, L, Rows, Vectors, Weights>(op, panel, at);
+                                                 value_panel_columns<P, L, Rows, Vectors, Weights, How>(op, panel, at);
                                                });
   }
   add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
@@ -360,18 +374,20 @@ template <class F, int... Before>
   return std::array{of.template operator()<Before + 1>()...};
 }
 
-/// The products of 1, 2, ... rows: those of many row blocks, which read a tile from cache, and those of a single one,
-/// which streams it from memory.
+/// The products of 1, 2, ... rows of many row blocks, which read a tile from cache.
 template <class P, class L>
 struct row_block_kernels {
   static constexpr std::make_integer_sequence<int, block_rows> blocks{};
-  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streams{};
   static constexpr auto scores = by_rows([]<int Rows>() { return &score_block<P, L, Rows>; }, blocks);
   static constexpr auto values = by_rows([]<int Rows>() { return &value_block_rows<P, L, Rows>; }, blocks);
-  static constexpr auto streamed_scores =
-      by_rows([]<int Rows>() { return &score_block_in_order<P, L, Rows>; }, streams);
-  static constexpr auto streamed_values =
-      by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows>; }, streams);
+};
+
+/// Those of a single block, which streams it from memory.
+template <class P, class L, reading How>
+struct stream_kernels {
+  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streams{};
+  static constexpr auto scores = by_rows([]<int Rows>() { return &score_block_in_order<P, L, Rows, How>; }, streams);
+  static constexpr auto values = by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows, How>; }, streams);
 };
 
 /// The scores s [rows, 64] of up to 6 rows of queries in accumulators on a whole tile, and nothing else.
@@ -379,9 +395,23 @@ template <class P>
 void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_stride, index_t head_dim, index_t rows,
                 accumulator_t<P>* s) noexcept {
   using A = accumulator_t<P>;
-  const block_operands<P, A> op{tile,    q,       q_stride,         head_dim, s, A{1}, nullptr,
-                                nullptr, 0,       nullptr,          nullptr,  0, 0,    tile_panels,
-                                nullptr, nullptr, {tile.k[0], 0, 0}};
+  const block_operands<P, A> op{tile,
+                                q,
+                                q_stride,
+                                head_dim,
+                                s,
+                                A{1},
+                                nullptr,
+                                nullptr,
+                                0,
+                                nullptr,
+                                nullptr,
+                                0,
+                                0,
+                                tile_panels,
+                                nullptr,
+                                nullptr,
+                                {tile.k[0], tile.v[0]}};
   row_block_kernels<P, A>::scores[static_cast<std::size_t>(rows - 1)](op);
 }
 
