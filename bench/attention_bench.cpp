@@ -23,6 +23,7 @@
 #include "support/operands.hpp"
 #include "support/probes.hpp"
 #include "support/stopwatch.hpp"
+#include "support/workers.hpp"
 
 namespace gqa::bench {
 namespace {
@@ -75,25 +76,6 @@ struct attention_case {
     return other;
   }
 };
-
-// The calling thread, or a pool.
-class workers {
- public:
-  explicit workers(int threads) {
-    if (threads > 1) pool_ = std::make_unique<Eigen::ThreadPool>(threads);
-    context_ = pool_ ? std::make_unique<context>(*pool_) : std::make_unique<context>();
-  }
-  context& operator*() const { return *context_; }
-
- private:
-  std::unique_ptr<Eigen::ThreadPool> pool_;
-  std::unique_ptr<context> context_;
-};
-
-read_probe& memory() {
-  static read_probe probe;
-  return probe;
-}
 
 // A case's operands, and the library's call on them.
 template <class Q, class K>

@@ -124,4 +124,10 @@ class read_probe {
   index_t next_ = 0;
 };
 
+// One for all benches of a program.
+inline read_probe& memory() {
+  static read_probe probe;
+  return probe;
+}
+
 }  // namespace gqa::bench
