@@ -270,7 +270,7 @@ void add_short(index_t n, index_t keys, int threads) {
 }
 
 void add_all() {
-  using Eigen::bfloat16, Eigen::half;
+  using Eigen::bfloat16;
   const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const heads gqa{32, 8, 128}, mha{32, 32, 128};
   add_prefix<bfloat16>("bf16", {8, 2, 64}, 4, 256, 16, 64, 1);  // to see that it runs
@@ -282,7 +282,6 @@ void add_all() {
     for (const index_t page : {16, 64, 256}) {
       add_pages<float>("f32", gqa, 32768, page, t);
       add_pages<bfloat16>("bf16", gqa, 65536, page, t);
-      add_pages<half>("f16", gqa, 65536, page, t);
     }
     add_mixed<float>("f32", gqa, 512, 31, 4096, t);
     add_mixed<bfloat16>("bf16", gqa, 512, 31, 4096, t);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -61,11 +62,13 @@ void expect_any_batch(index_t rounds, std::uint64_t seed) {
     const auto cache = c.cache();
     context& ctx = random.chance(0.5) ? serial : threads;
     expect_single_calls(c, cache, options, ctx, what + ", cache");
-    expect_single_calls(c, kv_view(c.k.view(), c.v.view()), options, ctx, what + ", tensors");
-    const auto order = random.chance(0.5) ? page_order::tokens_first : page_order::heads_first;
-    const index_t page_size = random.chance(0.5) ? 16 : random.between(1, 70);
-    pages<T> paged(c.k.view(), c.v.view(), c.lengths, page_size, order, random);
-    expect_single_calls(c, paged.view(), options, ctx, what + ", pages of " + std::to_string(page_size));
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, Eigen::bfloat16>) {  // the others take long to compile
+      expect_single_calls(c, kv_view(c.k.view(), c.v.view()), options, ctx, what + ", tensors");
+      const auto order = random.chance(0.5) ? page_order::tokens_first : page_order::heads_first;
+      const index_t page_size = random.chance(0.5) ? 16 : random.between(1, 70);
+      pages<T> paged(c.k.view(), c.v.view(), c.lengths, page_size, order, random);
+      expect_single_calls(c, paged.view(), options, ctx, what + ", pages of " + std::to_string(page_size));
+    }
   }
 }
 TEST(Batch, HasTheBitsOfSingleCalls) {

@@ -115,12 +115,12 @@ TEST(Plan, IsMadeOncePerShape) {
   context ctx;
   counted_calls counted;
   detail::plan_request request{.families = 2, .kv_heads = 8, .workers = 2, .visit_products = 100'000};
-  std::vector<detail::family_request> tiles{{{0, 10}, 1, 4}, {{0, 300}, 1, 4}};
+  std::vector<detail::family_request> tiles{{{{0, 10}}, 1, 4}, {{{0, 300}}, 1, 4}};
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 2);
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 2);
-  tiles[0].tiles.end = 11;  // a sequence began a tile
+  tiles[0].tiles = {{0, 11}};  // a sequence began a tile
   ASSERT_NE(plan_of(request, tiles, ctx, counted), nullptr);
   EXPECT_EQ(counted.visits, 4);
   tiles[1].most_rows = 8;  // or has more queries
@@ -174,7 +174,7 @@ TEST(Plan, CoversEverySequenceOnceWithinItsMemory) {
         ASSERT_EQ(s.first_state, states);
         ASSERT_EQ(s.tasks, s.asks.row_tiles * s.parts);
         ASSERT_EQ(s.merges, s.parts > 1 ? s.asks.row_tiles : 0);
-        ASSERT_TRUE(s.parts == 1 || s.parts == detail::splits_of(s.asks.tiles));
+        ASSERT_TRUE(s.parts == 1 || s.parts == s.asks.tiles.splits());
         if (request.packed_tile_bytes > 0 && s.asks.row_tiles > 1) {
           ASSERT_GE(s.slots, s.asks.tiles.size());
           ASSERT_EQ(s.slots % detail::tiles_packed_together, 0);

@@ -155,6 +155,42 @@ template <class L, class Q, class Source, class Out>
   return p;
 }
 
+/// Queries that see keys which their source no longer has. What a variant leaves visible is asked of all such keys of a
+/// sequence as one block: one that says no more than `some` of it is taken to see them.
+template <class A, class L, class Source, class Variant>
+[[nodiscard]] fault find_gone_fault(const problem<A, L>& p, const Source& kv, const Variant& variant) {
+  if constexpr (requires { kv.gone_tiles(index_t{}); }) {
+    for (index_t b = 0; b < p.shape.batch; ++b) {
+      const key_range tiles = kv.gone_tiles(p.kv_sequence(b));
+      const index_t queries = p.q_len(b), length = p.length(kv, b), offset = p.query_offset(b, length);
+      if (tiles.size() == 0 || queries == 0) continue;
+      const index_t first = p.interval().keys_of(offset, length).begin;
+      const index_t end = p.interval().keys_of(offset + queries - 1, length).end;
+      const key_range seen{std::max(tiles.begin * tile_tokens, first), std::min(tiles.end * tile_tokens, end)};
+      if (seen.size() == 0) continue;
+      if constexpr (hides_blocks<Variant>) {
+        const key_block block{b, 0, p.shape.q_heads, offset, offset + queries, seen.begin, seen.end};
+        if (variant.visible(block) == visibility::none) continue;
+      }
+      return make_fault(errc::range,
+                        "kv: expected queries of sequence %lld that see no key of [%lld, %lld), which are gone, got "
+                        "some that may see [%lld, %lld)",
+                        printable(b), printable(tiles.begin * tile_tokens), printable(tiles.end * tile_tokens),
+                        printable(seen.begin), printable(seen.end));
+    }
+  }
+  return {};
+}
+
+/// All that is wrong with a call without a variant.
+template <class Q, class Source, class Out>
+[[nodiscard]] fault find_plain_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                                     const attention_options& options) noexcept {
+  if (const auto f = find_call_fault(q, kv, out_or_state, options)) return f;
+  using A = accumulator_t<typename Source::panel_element>;
+  return find_gone_fault(problem_of<A>(q, kv, out_or_state, options), kv, no_variant{});
+}
+
 /// A checked call with queries and weights held in L.
 template <class L, class Q, class Source, class Out, class Variant>
 void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
@@ -165,6 +201,7 @@ void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& ou
     p.shape.batch = static_cast<index_t>(ragged.sequences.size()), p.shape.q_len = 0;
     for (index_t b = 0; b < p.shape.batch; ++b) p.shape.q_len = std::max(p.shape.q_len, p.q_len(b));
   }
+  if (const auto f = find_gone_fault(p, kv, variant)) return raise(f);
   scheduler<Source, Variant, L>(p, kv, variant, ctx).run();
 }
 
@@ -255,9 +292,9 @@ template <tensor_like Q, kv_source KV, detail::attention_output Out>
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
   if constexpr (detail::output_state<Out>) {
-    return detail::find_call_fault(queries, kv, out, options).code;
+    return detail::find_plain_fault(queries, kv, out, options).code;
   } else {
-    return detail::find_call_fault(queries, kv, detail::as_view(std::forward<Out>(out)), options).code;
+    return detail::find_plain_fault(queries, kv, detail::as_view(std::forward<Out>(out)), options).code;
   }
 }
 

@@ -41,6 +41,7 @@ namespace gqa {
 ///   pages_of(b), page_size(), has_shared_pages(b)
 ///                     a sequence's pages of so many tokens, by number, where sequences may share them: those of one
 ///                     number at one place hold the same keys; and whether others may have some of them
+///   gone_tiles(b)     key tiles that are no longer there: the door refuses queries that would see some of their keys
 ///   has_sequence(b)   whether there is one of that number, where some may be gone
 ///   sequences_share_keys()  whether all sequences read the same keys and values
 ///   heads_lie_together()  whether a token's heads are nearer to each other than a head's tokens

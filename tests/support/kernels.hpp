@@ -11,13 +11,16 @@
 
 // NOLINTBEGIN(bugprone-macro-parentheses): types in template arguments and declarations take none
 // Panels of P, queries and weights in L, accumulators in A.
+// Those of a single block have up to 8.
+#define GQA_TEST_STREAM_KERNELS(P, L, rows)                                                                        \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;  \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;  \
+  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept; \
+  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;
 #define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                        \
+  GQA_TEST_STREAM_KERNELS(P, L, rows)                                                                                  \
   GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                                  \
   GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
-  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;      \
-  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;      \
-  GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;     \
-  GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;     \
   GQA_TEST_KERNEL void score_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, index_t, index_t, A*) noexcept;   \
   GQA_TEST_KERNEL void value_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, const weighted_sums<A>&, index_t, \
                                                  index_t) noexcept;
@@ -27,7 +30,9 @@
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 3) \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 4) \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 5) \
-  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 6)
+  GQA_TEST_KERNELS_OF_ROWS(P, L, A, 6) \
+  GQA_TEST_STREAM_KERNELS(P, L, 7)     \
+  GQA_TEST_STREAM_KERNELS(P, L, 8)
 // NOLINTEND(bugprone-macro-parentheses)
 
 namespace gqa::detail {
@@ -46,4 +51,5 @@ GQA_TEST_KERNELS(Eigen::bfloat16, Eigen::bfloat16, float)
 
 #undef GQA_TEST_KERNELS
 #undef GQA_TEST_KERNELS_OF_ROWS
+#undef GQA_TEST_STREAM_KERNELS
 #undef GQA_TEST_KERNEL

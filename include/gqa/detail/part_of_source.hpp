@@ -22,6 +22,10 @@ inline namespace GQA_ISA {
 /// The first `length` keys of KV heads [first_head, first_head + heads) of sequence b of a source, which outlives it.
 template <class Source>
 class part_of_source {
+  static_assert(
+      !requires(const Source& kv) { kv.gone(index_t{}); },
+      "gqa: grouped attention takes all keys of a sequence, of which a ring_kv_cache has dropped some");
+
  public:
   using element = typename Source::element;
   using panel_element = typename Source::panel_element;

@@ -23,6 +23,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/visibility.hpp>
 
@@ -62,7 +63,7 @@ struct plan_request {
 
 /// What a family asks for, of its largest group.
 struct family_request {
-  key_range tiles;    // that some of its queries may see
+  key_tiles tiles;    // that some of its queries may see
   index_t row_tiles;  // that its rows are cut into
   index_t most_rows;  // of a row tile
 
@@ -96,15 +97,6 @@ struct call_plan {
   std::span<family_plan> families;  // those of the longest tasks first
   std::span<plan_wave> waves;
 };
-
-/// Splits that a run of key tiles lies in, and its part of the n-th of them.
-[[nodiscard]] inline index_t splits_of(key_range tiles) noexcept {
-  return tiles.size() == 0 ? 0 : (tiles.end - 1) / split_tiles - tiles.begin / split_tiles + 1;
-}
-[[nodiscard]] inline key_range split_of(key_range tiles, index_t n) noexcept {
-  const index_t boundary = (tiles.begin / split_tiles + n) * split_tiles;
-  return {std::max(tiles.begin, boundary), std::min(tiles.end, boundary + split_tiles)};
-}
 
 /// Rows that a visit of a family's fullest row tile counts for.
 [[nodiscard]] inline index_t weight_of(const family_request& s) noexcept {
@@ -141,7 +133,7 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
   if (request.bundles && plan.workers > 1) {
     const family_plan& longest = families.front();
     const double states_of_all =
-        static_cast<double>(plan.families.size()) * static_cast<double>(splits_of(longest.asks.tiles));
+        static_cast<double>(plan.families.size()) * static_cast<double>(longest.asks.tiles.splits());
     const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
     const index_t tiles = std::max(longest.asks.tiles.size(), index_t{1});
     const index_t least_of_task = (may_split ? std::min(tiles, split_tiles) : tiles) * weight_of(longest.asks);
@@ -150,7 +142,7 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
   }
   index_t tasks = 0, slots = 0, states = 0, merges = 0;
   for (family_plan& f : families) {
-    const index_t splits = splits_of(f.asks.tiles);
+    const index_t splits = f.asks.tiles.splits();
     const double bytes =
         heads * static_cast<double>(states + f.asks.row_tiles * splits) * static_cast<double>(request.state_bytes);
     const double of_task = static_cast<double>(plan.bundle * f.asks.tiles.size() * weight_of(f.asks));

@@ -237,7 +237,8 @@ class scheduler {
       const family_plan& f = at.plan;
       const index_t g = w.first_head + at.head;
       if (problem_.group_size(g) == 0) return;
-      const index_t begin = f.asks.tiles.begin + at.n, end = std::min(begin + tiles_packed_together, f.asks.tiles.end);
+      const index_t begin = f.asks.tiles.begin() + at.n,
+                    end = std::min(begin + tiles_packed_together, f.asks.tiles.end());
       for (index_t i = begin; i < end; ++i) {
         const index_t slot = slot_of(w, f, g, i);
         tiles_[slot] = engine_.tile(families_[f.family].members.front(), g, i, packed_ + slot * slot_elements());
@@ -246,7 +247,7 @@ class scheduler {
   }
 
   [[nodiscard]] static index_t slot_of(const wave& w, const family_plan& f, index_t g, index_t tile) noexcept {
-    return w.heads * f.first_slot + (g - w.first_head) * f.slots + tile - f.asks.tiles.begin;
+    return w.heads * f.first_slot + (g - w.first_head) * f.slots + tile - f.asks.tiles.begin();
   }
 
   /// How key tile i of a sequence of the wave is read: the function tile_at(b, g, i, scratch).
@@ -264,10 +265,10 @@ class scheduler {
     return {members, g, first, std::clamp<index_t>(engine_.rows_of(members, g) - first, 0, row_tile_rows)};
   }
   /// Key tiles of a bundle. Those of several KV heads have all of their rows in it.
-  [[nodiscard]] key_range tiles_of(const bundle& item) const noexcept {
+  [[nodiscard]] key_tiles tiles_of(const bundle& item) const noexcept {
     if (plan_->bundle > 1) return engine_.tiles_of(families_[item.family].members);
     const row_tile t = row_tile_of(item, 0);
-    return t.rows == 0 ? key_range{0, 0} : engine_.tiles_of(t);
+    return t.rows == 0 ? key_tiles{} : engine_.tiles_of(t);
   }
 
   /// Runs the tasks of a wave. Late rows see most keys: first.
@@ -290,9 +291,9 @@ class scheduler {
   template <class TileAt>
   void attend_rows(const bundle& item, const TileAt& tile_at, index_t worker) const {
     load_queries(item, worker);
-    const key_range tiles = tiles_of(item);
-    for (index_t split = 0; split < splits_of(tiles); ++split) {
-      attend_split(item, split_of(tiles, split), tile_at, worker,
+    const key_tiles tiles = tiles_of(item);
+    for (index_t split = 0; split < tiles.splits(); ++split) {
+      attend_split(item, tiles, tiles.split(split), tile_at, worker,
                    [split](index_t, const workspace& w) { return split == 0 ? w.total : w.current; });
       for (index_t n = 0; n < plan_->bundle && split > 0; ++n) {
         const workspace w = workspace_of(worker, n);
@@ -308,10 +309,10 @@ class scheduler {
 
   /// One split of a bundle, its states left in memory.
   void attend_part(const wave& w, const family_plan& f, const bundle& item, index_t part, index_t worker) const {
-    const key_range tiles = tiles_of(item);
-    if (part >= splits_of(tiles)) return;  // a row tile that sees less than the family's others
+    const key_tiles tiles = tiles_of(item);
+    if (part >= tiles.splits()) return;  // a row tile that sees less than the family's others
     load_queries(item, worker);
-    attend_split(item, split_of(tiles, part), tile_reader(w, f), worker, [&](index_t n, const workspace&) {
+    attend_split(item, tiles, tiles.split(part), tile_reader(w, f), worker, [&](index_t n, const workspace&) {
       return part_states(w, f, {item.family, item.g + n, item.i}, part);
     });
   }
@@ -325,10 +326,10 @@ class scheduler {
       const bundle item{f.family, w.first_head + at.head, at.n};
       const row_tile t = row_tile_of(item, 0);
       if (t.rows == 0) return;
-      const key_range tiles = engine_.tiles_of(t);
+      const key_tiles tiles = engine_.tiles_of(t);
       const raw_states<A> total = part_states(w, f, item, 0);
       if (tiles.size() == 0) engine_.clear(t, total);
-      for (index_t n = 1; n < splits_of(tiles); ++n) engine_.merge(t, total, part_states(w, f, item, n));
+      for (index_t n = 1; n < tiles.splits(); ++n) engine_.merge(t, total, part_states(w, f, item, n));
       engine_.finish(t, total);
     });
   }
@@ -352,7 +353,7 @@ class scheduler {
   /// Attends to the key tiles of one split, tile by tile, for all row tiles of a bundle. states_of(n, workspace) are
   /// the raw states of the n-th.
   template <class TileAt, class StatesOf>
-  void attend_split(const bundle& item, key_range split, const TileAt& tile_at, index_t worker,
+  void attend_split(const bundle& item, const key_tiles& tiles, key_range split, const TileAt& tile_at, index_t worker,
                     const StatesOf& states_of) const {
     const std::span<member> all(members_ + worker * plan_->bundle, static_cast<std::size_t>(plan_->bundle));
     std::size_t count = 0;
@@ -365,7 +366,7 @@ class scheduler {
     for (member& m : members) engine_.begin_split(m.rows, m.w, m.states);
     const family of_rows = families_[item.family];
     if (of_rows.members.size() == 1) {
-      attend_tiles(members, split, tile_at);
+      for (const key_range some : tiles.read_of(split)) attend_tiles(members, some, tile_at);
     } else {
       for (const member& m : members) attend_shared(m, of_rows, split, tile_at);
     }
@@ -379,8 +380,8 @@ class scheduler {
     const bool alone = f.members.size() == 1;
     const index_t common = alone ? tiles.end : *std::min_element(f.shared.begin() + 1, f.shared.end());
     const index_t end = std::clamp(common, tiles.begin, tiles.end);
-    const key_range seen = engine_.tiles_of(m.rows);
-    const key_range together{std::max(tiles.begin, seen.begin), std::min(end, seen.end)};
+    const key_tiles seen = engine_.tiles_of(m.rows);
+    const key_range together{std::max(tiles.begin, seen.begin()), std::min(end, seen.end())};
     if (together.size() > 0) attend_tiles(std::span(&m, 1), together, tile_at);
     if (end == tiles.end) return;
     for (std::size_t first = 0, next = 0; first < f.members.size(); first = next) {

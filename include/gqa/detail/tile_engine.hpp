@@ -22,6 +22,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/carver.hpp>
+#include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/row_kernel.hpp>
@@ -138,27 +139,34 @@ class tile_engine {
   }
 
   /// Key tiles [begin, end) that some of the queries [first, last] of a sequence may see.
-  [[nodiscard]] key_range tiles_of(index_t b, index_t first, index_t last) const noexcept {
+  [[nodiscard]] key_tiles tiles_of(index_t b, index_t first, index_t last) const noexcept {
     const index_t keys = length(b), offset = problem_.query_offset(b, keys);
     key_range seen{interval_.keys_of(offset + first, keys).begin, interval_.keys_of(offset + last, keys).end};
     if constexpr (bounds_keys<Variant>) {
       const key_range bound = variant_.keys({offset + first, offset + last + 1});
       seen = {std::max(seen.begin, bound.begin), std::min(seen.end, bound.end)};
     }
-    if (seen.size() == 0) return {0, 0};
-    return {seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
+    if (seen.size() == 0) return {};
+    const key_range tiles{seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
+    if constexpr (requires { kv_.gone_tiles(b); }) return {tiles, kv_.gone_tiles(problem_.kv_sequence(b))};
+    return {tiles};
   }
   /// The same of all queries of some sequences together.
-  [[nodiscard]] key_range tiles_of(std::span<const index_t> members) const noexcept {
+  [[nodiscard]] key_tiles tiles_of(std::span<const index_t> members) const noexcept {
+    if (members.size() == 1) {
+      const index_t b = members.front(), queries = problem_.q_len(b);
+      return queries == 0 ? key_tiles{} : tiles_of(b, 0, queries - 1);
+    }
     key_range all{0, 0};
     for (const index_t b : members) {
-      const key_range own = problem_.q_len(b) == 0 ? key_range{0, 0} : tiles_of(b, 0, problem_.q_len(b) - 1);
-      if (own.size() > 0)
-        all = all.size() == 0 ? own : key_range{std::min(all.begin, own.begin), std::max(all.end, own.end)};
+      const key_tiles own = tiles_of(b, 0, problem_.q_len(b) - 1);
+      if (own.size() == 0) continue;
+      all = all.size() == 0 ? key_range{own.begin(), own.end()}
+                            : key_range{std::min(all.begin, own.begin()), std::max(all.end, own.end())};
     }
     return all;
   }
-  [[nodiscard]] key_range tiles_of(const row_tile& t) const noexcept {
+  [[nodiscard]] key_tiles tiles_of(const row_tile& t) const noexcept {
     if (t.members.size() > 1) return tiles_of(t.members);
     const query_range seen = queries_of(t, t.b());
     return tiles_of(t.b(), seen.first, seen.last);

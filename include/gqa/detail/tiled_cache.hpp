@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// tiled_cache: what kv_cache and ring_kv_cache have in common, which is all but how many tokens they keep.
+///
+/// Memory: [batch][kv head][slot of a tile of 64 tokens][keys, then values], 64 (D' + E') elements a slot, D' = D
+/// rounded up to 2 for bfloat16, E' = E rounded up to 16 (detail/tile.hpp); all of it from one allocation at
+/// construction. Tiles have the slots of their numbers; those of a ring from some tile on take turns in the last ones.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <utility>
+#include <vector>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/memory_piece.hpp>
+#include <gqa/detail/pack.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/error.hpp>
+#include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// Tiles of so many tokens, however many.
+[[nodiscard]] constexpr index_t tiles_for(index_t tokens) noexcept {
+  return tokens / tile_tokens + (tokens % tile_tokens > 0 ? 1 : 0);
+}
+
+/// Slots of a (sequence, KV head): of the first `kept` tiles, and of `turning` of those after them, the newest. Tokens
+/// in all: at most `capacity`.
+struct cache_slots {
+  index_t kept = 0, turning = 0;
+  index_t capacity = 0;
+};
+
+template <class T>
+class tiled_cache {
+  static_assert(storable<T>, "gqa: a cache holds float, double, half or bfloat16");
+
+ public:
+  using element = T;
+  using panel_element = T;
+
+  /// Appends t tokens to every sequence, rounded to nearest even.
+  /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float; t >= 0, sequences may differ in length
+  /// \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
+  template <tensor_like K, tensor_like V>
+  void append(K&& k, V&& v) {
+    append_to(0, batch_, as_view(std::forward<K>(k)), as_view(std::forward<V>(v)));
+  }
+  /// The same to one sequence. k, v: [1, t, G, D] and [1, t, G, E].
+  template <tensor_like K, tensor_like V>
+  void append(index_t sequence, K&& k, V&& v) {
+    if (const auto f = find_sequence_fault(sequence)) return raise(f);
+    append_to(sequence, 1, as_view(std::forward<K>(k)), as_view(std::forward<V>(v)));
+  }
+
+  /// Tokens of a sequence; 0 for a sequence that there is not.
+  [[nodiscard]] index_t length(index_t sequence) const noexcept {
+    return has_sequence(sequence) ? lengths_[sequence] : 0;
+  }
+  /// Forgets all tokens of a sequence from position `length` on.
+  /// \throws error (errc::length) unless 0 <= length <= length(sequence), or if a ring has dropped what comes before
+  void truncate(index_t sequence, index_t length) {
+    if (const auto f = find_sequence_fault(sequence)) return raise(f);
+    const index_t own = lengths_[sequence], kept = slots_.kept * tile_tokens;
+    if (length < 0 || length > own)
+      return raise(make_fault(errc::length, "length: expected 0 to %lld (the tokens there are), got %lld",
+                              printable(own), printable(length)));
+    const index_t first = gone_tiles(sequence).end * tile_tokens;
+    if (length > kept && length < first)
+      return raise(make_fault(errc::length,
+                              "length: expected at most %lld or at least %lld (tokens between are gone), "
+                              "got %lld",
+                              printable(kept), printable(first), printable(length)));
+    lengths_[sequence] = length;
+    if (length <= kept) begun_[sequence] = 0;
+  }
+  /// Forgets all tokens of all sequences. Keeps the memory.
+  void clear() noexcept {
+    std::fill_n(lengths_, batch_, index_t{0});
+    std::fill_n(begun_, batch_, index_t{0});
+  }
+
+  /// A key [D] or value [E] as stored: a copy, for tests and tools.
+  /// \throws error (errc::range) for a sequence, position or head that there is not; the row is empty then
+  [[nodiscard]] std::vector<T> key(index_t sequence, index_t position, index_t head) const {
+    return row(sequence, position, head, head_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t d) {
+      return tile.k[panel][key_index<T>(position % panel_tokens, d)];
+    });
+  }
+  [[nodiscard]] std::vector<T> value(index_t sequence, index_t position, index_t head) const {
+    return row(sequence, position, head, value_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t e) {
+      return tile.v[panel][value_index<T>(position % panel_tokens, e, value_dim_)];
+    });
+  }
+
+  // What makes it a kv_source (kv_source.hpp).
+  [[nodiscard]] index_t batch() const noexcept { return batch_; }
+  [[nodiscard]] index_t kv_heads() const noexcept { return kv_heads_; }
+  [[nodiscard]] index_t kv_len() const noexcept {
+    return batch_ == 0 ? 0 : *std::max_element(lengths_, lengths_ + batch_);
+  }
+  [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
+  [[nodiscard]] index_t value_dim() const noexcept { return value_dim_; }
+  [[nodiscard]] index_t scratch_elements() const noexcept { return 0; }
+  [[nodiscard]] fault find_fault() const noexcept { return {}; }
+  [[nodiscard]] kv_tile<T> tile(index_t b, index_t g, index_t i, index_t, T*) const noexcept {
+    const index_t at = tile_index(b, g, i);
+    return contiguous_tile<T>(tiles_ + at * elements_of_tile(), head_dim_, value_dim_, nonfinite_[at]);
+  }
+  /// Tiles whose slots newer ones have taken.
+  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept {
+    return {slots_.kept, std::max(begun_[b] - slots_.turning, slots_.kept)};
+  }
+
+ protected:
+  tiled_cache() noexcept = default;
+  tiled_cache(tiled_cache&& other) noexcept { swap(other); }
+  tiled_cache& operator=(tiled_cache&& other) noexcept {
+    tiled_cache(std::move(other)).swap(*this);
+    return *this;
+  }
+  ~tiled_cache() = default;
+
+  void swap(tiled_cache& other) noexcept {
+    std::swap(batch_, other.batch_), std::swap(kv_heads_, other.kv_heads_), std::swap(slots_, other.slots_);
+    std::swap(head_dim_, other.head_dim_), std::swap(value_dim_, other.value_dim_);
+    memory_.swap(other.memory_), std::swap(tiles_, other.tiles_), std::swap(lengths_, other.lengths_);
+    std::swap(begun_, other.begun_), std::swap(nonfinite_, other.nonfinite_);
+  }
+
+  /// Takes the memory of an empty cache, of extents within bounds. `name` is what an error calls it.
+  [[nodiscard]] fault build(const char* name, index_t batch, index_t kv_heads, const cache_slots& slots,
+                            index_t head_dim, index_t value_dim, std::pmr::memory_resource* memory) noexcept;
+
+  [[nodiscard]] const cache_slots& slots() const noexcept { return slots_; }
+
+ private:
+  template <class K, class V>
+  void append_to(index_t first, index_t count, const tensor_view<K, 4>& k, const tensor_view<V, 4>& v);
+  template <class K, class V>
+  [[nodiscard]] fault find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
+                                        const tensor_view<V, 4>& v) const noexcept;
+  template <class ElementOf>
+  [[nodiscard]] std::vector<T> row(index_t sequence, index_t position, index_t head, index_t dim,
+                                   const ElementOf& element_of) const;
+
+  [[nodiscard]] bool has_sequence(index_t sequence) const noexcept { return sequence >= 0 && sequence < batch_; }
+  [[nodiscard]] fault find_sequence_fault(index_t sequence) const noexcept {
+    if (has_sequence(sequence)) return {};
+    return make_fault(errc::range, "sequence: expected 0 to %lld, got %lld", printable(batch_ - 1),
+                      printable(sequence));
+  }
+
+  [[nodiscard]] index_t slot_of(index_t tile) const noexcept {
+    return tile < slots_.kept ? tile : slots_.kept + (tile - slots_.kept) % slots_.turning;
+  }
+  /// Among all of them.
+  [[nodiscard]] index_t slot_index(index_t b, index_t g, index_t slot) const noexcept {
+    return (b * kv_heads_ + g) * (slots_.kept + slots_.turning) + slot;
+  }
+  [[nodiscard]] index_t tile_index(index_t b, index_t g, index_t i) const noexcept {
+    return slot_index(b, g, slot_of(i));
+  }
+  [[nodiscard]] index_t elements_of_tile() const noexcept {
+    return tile_elements<T>(head_dim_, value_dim_);  // whole cache lines, for it is a multiple of 64
+  }
+
+  index_t batch_ = 0, kv_heads_ = 0, head_dim_ = 1, value_dim_ = 1;
+  cache_slots slots_;
+  memory_piece memory_;  // tiles, lengths, tiles begun, flags
+  T* tiles_ = nullptr;
+  index_t* lengths_ = nullptr;         // [batch]
+  index_t* begun_ = nullptr;           // [batch]: tiles that have taken a slot, whatever was truncated since
+  std::uint8_t* nonfinite_ = nullptr;  // [batch][kv head][slot]: bit i, panel i may hold a value that is not finite
+};
+
+template <class T>
+fault tiled_cache<T>::build(const char* name, index_t batch, index_t kv_heads, const cache_slots& slots,
+                            index_t head_dim, index_t value_dim, std::pmr::memory_resource* memory) noexcept {
+  if (const auto f = find_least_fault(name, "batch", 0, batch)) return f;
+  if (const auto f = find_least_fault(name, "kv_heads", 0, kv_heads)) return f;
+  if (const auto f = find_least_fault(name, "head_dim", 1, head_dim)) return f;
+  if (const auto f = find_least_fault(name, "value_dim", 1, value_dim)) return f;
+
+  // At least 1 each: beside an extent of 0 a huge one would pass, and overflow in the products below.
+  const auto size = [](index_t n) { return static_cast<double>(std::max<index_t>(n, 1)); };
+  const double estimate = size(batch) * (size(kv_heads) * (size(slots.kept) + size(slots.turning)) * tile_tokens *
+                                             (size(head_dim) + size(value_dim) + 2 * panel_tokens) * sizeof(T) +
+                                         2 * sizeof(index_t));
+  if (estimate < size(position_limit / 16)) {  // so that no product below overflows
+    batch_ = batch, kv_heads_ = kv_heads, slots_ = slots, head_dim_ = head_dim, value_dim_ = value_dim;
+    const index_t all = slot_index(batch, 0, 0);
+    const std::size_t bytes_of_tiles = static_cast<std::size_t>(all * elements_of_tile()) * sizeof(T);
+    const std::size_t bytes_of_lengths = static_cast<std::size_t>(batch) * sizeof(index_t);
+    if (memory_.allocate(
+            bytes_of_tiles + 2 * bytes_of_lengths + static_cast<std::size_t>(all) + memory_piece::alignment, memory)) {
+      std::byte* const at = memory_.data();
+      tiles_ = reinterpret_cast<T*>(at);
+      lengths_ = reinterpret_cast<index_t*>(at + bytes_of_tiles);
+      begun_ = lengths_ + batch;
+      nonfinite_ = reinterpret_cast<std::uint8_t*>(begun_ + batch);
+      std::fill_n(nonfinite_, all, std::uint8_t{0});
+      clear();
+      return {};
+    }
+  }
+  return make_fault(errc::capacity, "%s: expected memory for some %.3g bytes, got none", name, estimate);
+}
+
+template <class T>
+template <class K, class V>
+fault tiled_cache<T>::find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
+                                        const tensor_view<V, 4>& v) const noexcept {
+  if (const auto f = find_token_rows_fault(describe("k", k), describe("v", v), count, kv_heads_, head_dim_, value_dim_))
+    return f;
+  for (index_t b = first; b < first + count; ++b) {
+    const index_t room = slots_.capacity - lengths_[b];
+    if (k.extent(1) > room)
+      return make_fault(errc::capacity, "k: expected at most %lld tokens (the room left in sequence %lld), got %lld",
+                        printable(room), printable(b), printable(k.extent(1)));
+  }
+  return {};
+}
+
+template <class T>
+template <class K, class V>
+void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) {
+  static_assert(is_taken_by_cache_of<K, T> && is_taken_by_cache_of<V, T>, "gqa: a cache takes what it holds, or float");
+  if (const auto f = find_append_fault(first, count, k, v)) return raise(f);
+  const auto keys = without_idle_strides(k);
+  const auto values = without_idle_strides(v);
+  for (index_t b = first; b < first + count; ++b) {
+    const index_t before = lengths_[b], after = before + k.extent(1);
+    for (index_t g = 0; g < kv_heads_; ++g) {
+      for_each_panel(before, after, [&](index_t panel, panel_range tokens) {
+        const index_t row = panel + tokens.begin - before;
+        const index_t at = tile_index(b, g, panel / tile_tokens);
+        const index_t in_tile = panel % tile_tokens / panel_tokens;
+        T* const to = tiles_ + at * elements_of_tile();
+        T* const to_values = to + tile_panels * key_panel_elements<T>(head_dim_);
+        pack_key_panel(&keys(b - first, row, g, 0), keys.stride(1), tokens, head_dim_,
+                       to + in_tile * key_panel_elements<T>(head_dim_));
+        const bool nonfinite = pack_value_panel(&values(b - first, row, g, 0), values.stride(1), tokens, value_dim_,
+                                                to_values + in_tile * value_panel_elements(value_dim_));
+        const auto bit = static_cast<std::uint8_t>(1u << in_tile);
+        std::uint8_t& flags = nonfinite_[at];
+        if (tokens.starts) flags = static_cast<std::uint8_t>(flags & ~bit);  // what was there before is gone
+        if (nonfinite) flags = static_cast<std::uint8_t>(flags | bit);
+      });
+    }
+    lengths_[b] = after;
+    begun_[b] = std::max(begun_[b], ceil_div(after, tile_tokens));
+  }
+}
+
+template <class T>
+template <class ElementOf>
+std::vector<T> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
+                                   const ElementOf& element_of) const {
+  const auto refuse = [](const char* name, index_t count, index_t actual) {
+    raise(make_fault(errc::range, "%s: expected 0 to %lld, got %lld", name, printable(count - 1), printable(actual)));
+    return std::vector<T>{};
+  };
+  if (!has_sequence(sequence)) return refuse("sequence", batch_, sequence);
+  if (position < 0 || position >= lengths_[sequence]) return refuse("position", lengths_[sequence], position);
+  if (head < 0 || head >= kv_heads_) return refuse("head", kv_heads_, head);
+  const key_range gone = gone_tiles(sequence);
+  if (gone.begin <= position / tile_tokens && position / tile_tokens < gone.end)
+    return raise(make_fault(errc::range, "position: expected one outside [%lld, %lld), which are gone, got %lld",
+                            printable(gone.begin * tile_tokens), printable(gone.end * tile_tokens),
+                            printable(position))),
+           std::vector<T>{};
+  const kv_tile<T> from = tile(sequence, head, position / tile_tokens, 0, nullptr);
+  const auto panel = static_cast<std::size_t>(position % tile_tokens / panel_tokens);
+  std::vector<T> elements(static_cast<std::size_t>(dim));
+  for (index_t d = 0; d < dim; ++d) elements[static_cast<std::size_t>(d)] = element_of(from, panel, d);
+  return elements;
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail
