@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The example engine: a trained model's published text and loss, and files that are not what they should be. The
-// program itself is GQA_LLAMA.
+// programs are GQA_LLAMA and GQA_SERVE.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -59,6 +59,42 @@ TEST(Llama, WritesThePublishedText) {
     EXPECT_NE(o.err.find("tokens/s"), std::string::npos);
     EXPECT_NE(o.err.find("attention"), std::string::npos);
   }
+}
+
+// Continuous batching: requests join and leave, and none has another text than by itself; that of the first is known.
+TEST(Llama, ServesManyAsOneByOne) {
+  GQA_NEED_TEST_DATA();
+  const std::string expected = json_string(greedy_facts(), "published_expected_text_200_steps");
+  const std::string prompts = ::testing::TempDir() + "gqa_prompts.txt";
+  std::ofstream(prompts)
+      << "\nOne day, a little girl\nThe dog\nTim and Sam\nLily likes\nA big bear\nThere was a boy\n\n"
+         "Mom said\nIt was a sunny day\n";
+  const std::string long_beginning = expected.substr(0, expected.find(" She said, \"I'm"));
+  ASSERT_GT(long_beginning.size(), 300u);  // of more than a page
+  std::string quoted = long_beginning;     // for a shell
+  for (std::size_t at = 0; (at = quoted.find('\'', at)) != std::string::npos; at += 4) quoted.replace(at, 1, "'\\''");
+  for (const char* const more :
+       {"--threads 1", "--threads 2 --batch 3", "--batch 20 --pages 12", "--temperature 1 --seed 5"}) {
+    for (const bool has_beginning : {false, true}) {
+      const outcome o = run_program(GQA_SERVE, "--model " + model_file() + " --tokenizer " + tokenizer_file() +
+                                                   " --prompts " + prompts + " --steps 90 --check 1 --beginning '" +
+                                                   (has_beginning ? quoted : "") + "' " + more);
+      EXPECT_EQ(o.exit_code, 0) << more << ": " << o.err;
+      EXPECT_NE(o.err.find("the same text by itself"), std::string::npos) << o.err;
+      EXPECT_EQ(std::count(o.out.begin(), o.out.end(), '\n'), 10);
+      std::string known = expected.substr(has_beginning ? long_beginning.size() : 0);
+      std::replace(known.begin(), known.end(), '\n', ' ');
+      const std::string first = o.out.substr(0, o.out.find('\n'));
+      EXPECT_GT(first.size(), 100u);
+      if (std::string(more).find("temperature") == std::string::npos) {
+        EXPECT_EQ(first.substr(0, known.size()), known.substr(0, first.size())) << more;
+      }
+    }
+  }
+  const outcome few = run_program(GQA_SERVE, "--model " + model_file() + " --tokenizer " + tokenizer_file() +
+                                                 " --prompts " + prompts + " --pages 2");
+  EXPECT_EQ(few.exit_code, 2);
+  EXPECT_NE(few.err.find("pages"), std::string::npos) << few.err;
 }
 
 TEST(Llama, ContinuesAPromptAsItWouldHaveGoneOn) {

@@ -1,44 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// From logits to text: a sampler, and the loop that feeds tokens back.
+// From logits to text: the loop that feeds tokens back, and the loss over a text.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <random>
 #include <span>
-#include <vector>
 
 #include "model.hpp"
+#include "sampler.hpp"
 #include "tokenizer.hpp"
 
 namespace llama {
-
-// Draws tokens from softmax(logits / temperature); temperature 0 takes the likeliest.
-class sampler {
- public:
-  sampler(double temperature, std::uint64_t seed) : temperature_(temperature), random_(seed) {}
-
-  int operator()(std::span<const float> logits) {
-    const auto top = std::max_element(logits.begin(), logits.end());
-    if (temperature_ == 0) return static_cast<int>(top - logits.begin());
-    weights_.clear();
-    double total = 0;
-    for (const float x : logits) {
-      weights_.push_back(std::exp((static_cast<double>(x) - static_cast<double>(*top)) / temperature_));
-      total += weights_.back();
-    }
-    double left = static_cast<double>(random_() >> 11) * 0x1p-53 * total;  // the same on every standard library
-    std::size_t token = 0;
-    while (token + 1 < weights_.size() && left >= weights_[token]) left -= weights_[token++];
-    return static_cast<int>(token);
-  }
-
- private:
-  double temperature_;
-  std::mt19937_64 random_;
-  std::vector<double> weights_;
-};
 
 // Mean loss, in nats a token, of foretelling each token of a text from those before it, all in one prefill.
 inline double mean_loss(model& m, std::span<const int> tokens) {

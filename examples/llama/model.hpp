@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A LLaMA-like transformer in about a hundred lines: RMSNorm, RoPE, grouped-query attention, SwiGLU. Matrix products
-// are Eigen's, attention and rotary embedding are gqa's, and keys and values lie in its caches, one a layer.
+// One sequence of a LLaMA-like model, with its keys and values in gqa's caches, one a layer.
 #pragma once
 
 #include <gqa/gqa.hpp>
 
-#include <Eigen/Core>
-
-#include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <numeric>
 #include <span>
 #include <stdexcept>
@@ -18,6 +13,7 @@
 
 #include "../capture.hpp"
 #include "checkpoint.hpp"
+#include "transformer.hpp"
 
 namespace llama {
 
@@ -34,12 +30,11 @@ class model {
  public:
   // Room for `positions` tokens of one sequence. The checkpoint and the context must outlive the model.
   model(const checkpoint& from, int positions, gqa::context& ctx, const attention_choice& attention = {})
-      : from_(from),
-        sizes_(from.sizes()),
+      : sizes_(from.sizes()),
         positions_(positions),
         ctx_(ctx),
         attention_(attention),
-        rope_(sizes_.head_dim()) {
+        transformer_(from, ctx, products::at_once) {
     attention_.grouped.attention.causal = true;
     for (int l = 0; l < sizes_.layers; ++l) caches_.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
   }
@@ -58,44 +53,25 @@ class model {
   const matrix& forward(std::span<const int> tokens, int wanted = 1) {
     const int n = static_cast<int>(tokens.size());
     if (n > positions_ - length_) throw std::length_error("llama::model: more tokens than positions");
-    x_.resize(n, sizes_.dim);
-    for (int i = 0; i < n; ++i) x_.row(i) = from_.embedding().row(tokens[static_cast<std::size_t>(i)]);
-    std::vector<gqa::index_t> positions(tokens.size());
+    std::vector<gqa::index_t> positions(tokens.size()), rows(static_cast<std::size_t>(wanted));
     std::iota(positions.begin(), positions.end(), length_);
-    const auto turns = rope_.turns<float>(positions, ctx_);  // the same in every layer
-    for (int l = 0; l < sizes_.layers; ++l) {
-      const checkpoint::layer w = from_.at(l);
-      attend(l, w, turns);
-      feed_forward(w);
-    }
+    std::iota(rows.begin(), rows.end(), n - wanted);
+    const matrix& logits = transformer_.forward(
+        tokens, positions, rows, [this](int l, const auto& q, const auto& k, const auto& v, const auto& out) {
+          if (capture_ != nullptr) capture_->append(l, q.data(), k.data(), v.data(), q.extent(1));
+          const auto start = std::chrono::steady_clock::now();
+          attend(caches_[static_cast<std::size_t>(l)], q, k, v, out);
+          attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        });
     length_ += n;
-    normalise(x_.bottomRows(wanted), from_.final_norm());
-    logits_.resize(wanted, sizes_.vocab_size);
-    multiply(normal_, from_.classifier(), logits_);
-    return logits_;
+    return logits;
   }
 
  private:
-  // x += attention(norm(x)) Wo, with the new keys and values stored first.
-  void attend(int l, const checkpoint::layer& w, const gqa::rope_turns<float>& turns) {
-    const Eigen::Index n = x_.rows();
-    normalise(x_, w.attention_norm);
-    queries_.resize(n, sizes_.dim);
-    keys_.resize(n, sizes_.kv_dim());
-    values_.resize(n, sizes_.kv_dim());
-    multiply(normal_, w.q, queries_);
-    multiply(normal_, w.k, keys_);
-    multiply(normal_, w.v, values_);
-    const gqa::index_t heads = sizes_.q_heads, kv_heads = sizes_.kv_heads, d = sizes_.head_dim();
-    rope_.rotate(gqa::view(queries_.data(), {1, n, heads, d}), turns, ctx_);
-    rope_.rotate(gqa::view(keys_.data(), {1, n, kv_heads, d}), turns, ctx_);
-    if (capture_ != nullptr) capture_->append(l, queries_.data(), keys_.data(), values_.data(), n);
-
-    const auto start = std::chrono::steady_clock::now();
-    mixed_.resize(n, sizes_.dim);
-    gqa::kv_cache<float>& cache = caches_[static_cast<std::size_t>(l)];
-    cache.append(gqa::view(keys_.data(), {1, n, kv_heads, d}), gqa::view(values_.data(), {1, n, kv_heads, d}));
-    const auto q = gqa::view(queries_.data(), {1, n, heads, d}), out = gqa::view(mixed_.data(), {1, n, heads, d});
+  using rows_of_heads = gqa::tensor_view<float, 4>;
+  void attend(gqa::kv_cache<float>& cache, const rows_of_heads& q, const rows_of_heads& k, const rows_of_heads& v,
+              const rows_of_heads& out) {
+    cache.append(k, v);
     switch (attention_.kind) {
       case attention_kind::exact:
         gqa::attention(q, cache, out, {.causal = true}, ctx_);
@@ -107,58 +83,15 @@ class model {
         gqa::attention(q, cache, out, {.causal = true, .window = {attention_.window - 1, -1}}, ctx_);
         break;
     }
-    attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-
-    branch_.resize(n, sizes_.dim);
-    multiply(mixed_, w.o, branch_);
-    x_ += branch_;
   }
 
-  // x += (silu(norm(x) Wgate) * norm(x) Wup) Wdown
-  void feed_forward(const checkpoint::layer& w) {
-    normalise(x_, w.ffn_norm);
-    gate_.resize(x_.rows(), sizes_.hidden_dim);
-    up_.resize(x_.rows(), sizes_.hidden_dim);
-    multiply(normal_, w.gate, gate_);
-    multiply(normal_, w.up, up_);
-    up_.array() *= gate_.array() / (1 + (-gate_.array()).exp());
-    multiply(up_, w.down, branch_);
-    x_ += branch_;
-  }
-
-  // normal_ = x / rms(x) * gain, row by row.
-  template <class Rows>
-  void normalise(const Rows& x, const gains& gain) {
-    normal_.resize(x.rows(), x.cols());
-    for (Eigen::Index i = 0; i < x.rows(); ++i) {
-      const float rms = std::sqrt(x.row(i).squaredNorm() / static_cast<float>(x.cols()) + 1e-5f);
-      normal_.row(i) = x.row(i).cwiseProduct(gain) / rms;
-    }
-  }
-
-  // y [n, out] = x [n, in] * w [out, in]^T, divided among the context's workers by blocks of outputs.
-  template <class Result>
-  void multiply(const matrix& x, const weights& w, Result& y) {
-    constexpr Eigen::Index block = 256;
-    ctx_.for_each((w.rows() + block - 1) / block, [&](gqa::index_t task, gqa::index_t) {
-      const Eigen::Index first = task * block, size = std::min(block, w.rows() - first);
-      if (x.rows() == 1) {  // a matrix-vector product, for which Eigen has better loops
-        y.row(0).segment(first, size).transpose().noalias() = w.middleRows(first, size) * x.row(0).transpose();
-      } else {
-        y.middleCols(first, size).noalias() = x * w.middleRows(first, size).transpose();
-      }
-    });
-  }
-
-  const checkpoint& from_;
   const config sizes_;
   const int positions_;
   gqa::context& ctx_;
   attention_choice attention_;
   example::capture* capture_ = nullptr;
-  gqa::rope rope_;
+  transformer transformer_;
   std::vector<gqa::kv_cache<float>> caches_;  // a layer each
-  matrix x_, normal_, queries_, keys_, values_, mixed_, branch_, gate_, up_, logits_;
   int length_ = 0;
   double attention_seconds_ = 0;
 };
