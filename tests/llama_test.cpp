@@ -176,6 +176,25 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
 }
 
 // What is captured is what a computation in double stored, layer by layer.
+// Keys and values in 16 bits: nearly the same loss, and not by ignoring the option.
+TEST(Llama, StoresKeysAndValuesInOtherTypes) {
+  GQA_NEED_TEST_DATA();
+  const auto loss_of = [](const std::string& type) {
+    const outcome o = run_llama(of_model("--loss " + test_data_folder() + "/text/tinystories_sample.txt --steps 512 " +
+                                         (type.empty() ? "" : "--kv-type " + type)));
+    EXPECT_EQ(o.exit_code, 0) << o.err;
+    return std::strtod(o.out.c_str() + o.out.find("loss ") + 5, nullptr);
+  };
+  const double exact = loss_of("");
+  EXPECT_EQ(loss_of("f32"), exact);
+  const double half = loss_of("f16"), bfloat16 = loss_of("bf16");
+  EXPECT_NE(half, exact);
+  EXPECT_NE(bfloat16, exact);
+  EXPECT_NEAR(half, exact, 1e-4);  // an eighth of bfloat16's
+  EXPECT_NEAR(bfloat16, exact, 1e-3);
+  EXPECT_EQ(run_llama(of_model("--kv-type f16 --attention grouped")).exit_code, 2);
+}
+
 TEST(Llama, CapturesWhatAttentionIsAsked) {
   GQA_NEED_TEST_DATA();
   const std::string path = ::testing::TempDir() + "/gqa_llama_capture.npy";
@@ -227,7 +246,8 @@ TEST(Llama, ExplainsItselfAndRefusesBadOptions) {
                                 "--model x --tokenizer y --temperature -1", "--model x --tokenizer y --threads 0",
                                 "--model x --tokenizer y --seed -1", "--model x --tokenizer y --attention all",
                                 "--model x --tokenizer y --window 0", "--model x --tokenizer y --tolerance 3",
-                                "--model x --tokenizer y --groups x", "--model x --tokenizer y --always 2"}) {
+                                "--model x --tokenizer y --groups x", "--model x --tokenizer y --always 2",
+                                "--model x --tokenizer y --kv-type f8"}) {
     const outcome o = run_llama(bad);
     EXPECT_EQ(o.exit_code, 2) << bad;
     EXPECT_EQ(o.out, "") << bad;

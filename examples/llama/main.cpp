@@ -49,6 +49,7 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
                       which gqa_tuner finds options for grouped attention
   --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
                       groups of queries, in prefill
+  --kv-type TYPE      what keys and values are stored in: f32 (default), f16 or bf16
   --window N          near keys (default 256)
   --block N           grouped: queries grouped at a time (default 256)
   --groups N          grouped: of a block's queries of a KV head (default: one for 32)
@@ -74,6 +75,13 @@ llama::attention_kind attention_kind(std::string_view text) {
   if (text == "grouped") return llama::attention_kind::grouped;
   if (text == "local") return llama::attention_kind::local;
   throw std::invalid_argument("--attention: not exact, grouped or local: '" + std::string(text) + "'");
+}
+
+llama::kv_type kv_type(std::string_view text) {
+  if (text == "f32") return llama::kv_type::f32;
+  if (text == "f16") return llama::kv_type::f16;
+  if (text == "bf16") return llama::kv_type::bf16;
+  throw std::invalid_argument("--kv-type: not f32, f16 or bf16: '" + std::string(text) + "'");
 }
 
 // Nothing if help was asked for.
@@ -105,6 +113,8 @@ std::optional<options> parse(int argc, char** argv) {
       o.capture = value;
     } else if (name == "--attention") {
       o.attention.kind = attention_kind(value);
+    } else if (name == "--kv-type") {
+      o.attention.stored = kv_type(value);
     } else if (name == "--window") {
       o.attention.window = o.attention.grouped.window = number(name, value, gqa::index_t{1}, most);
     } else if (name == "--block") {

@@ -8,7 +8,8 @@
 #include <numeric>
 #include <span>
 #include <stdexcept>
-#include <string>
+#include <type_traits>
+#include <variant>
 #include <vector>
 
 #include "../capture.hpp"
@@ -20,8 +21,11 @@ namespace llama {
 // How queries meet keys. Grouped: near keys exactly, the others by groups (docs/04_grouped_attention.md), where there
 // are enough queries at once to make groups. Local: only the `window` newest keys.
 enum class attention_kind { exact, grouped, local };
+// What keys and values are stored in.
+enum class kv_type { f32, f16, bf16 };
 struct attention_choice {
   attention_kind kind = attention_kind::exact;
+  kv_type stored = kv_type::f32;
   gqa::grouped_options grouped = {};
   gqa::index_t window = 256;
 };
@@ -35,15 +39,27 @@ class model {
         ctx_(ctx),
         attention_(attention),
         transformer_(from, ctx, products::at_once) {
+    if (attention.kind == attention_kind::grouped && attention.stored != kv_type::f32)
+      throw std::invalid_argument("llama::model: grouped attention is of keys and values in f32 here");
     attention_.grouped.attention.causal = true;
-    for (int l = 0; l < sizes_.layers; ++l) caches_.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
+    if (attention_.stored == kv_type::f16) caches_.emplace<caches_of<Eigen::half>>();
+    if (attention_.stored == kv_type::bf16) caches_.emplace<caches_of<Eigen::bfloat16>>();
+    std::visit(
+        [&](auto& caches) {
+          for (int l = 0; l < sizes_.layers; ++l) caches.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
+        },
+        caches_);
   }
 
   // Tokens seen so far.
   [[nodiscard]] int length() const { return length_; }
   void clear() {
     length_ = 0;
-    for (auto& cache : caches_) cache.clear();
+    std::visit(
+        [](auto& caches) {
+          for (auto& cache : caches) cache.clear();
+        },
+        caches_);
   }
   // From now on what attention is asked is appended to `to`, which must outlive the model.
   void capture_to(example::capture& to) { capture_ = &to; }
@@ -60,7 +76,7 @@ class model {
         tokens, positions, rows, [this](int l, const auto& q, const auto& k, const auto& v, const auto& out) {
           if (capture_ != nullptr) capture_->append(l, q.data(), k.data(), v.data(), q.extent(1));
           const auto start = std::chrono::steady_clock::now();
-          attend(caches_[static_cast<std::size_t>(l)], q, k, v, out);
+          std::visit([&](auto& caches) { attend(caches[static_cast<std::size_t>(l)], q, k, v, out); }, caches_);
           attention_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         });
     length_ += n;
@@ -69,7 +85,11 @@ class model {
 
  private:
   using rows_of_heads = gqa::tensor_view<float, 4>;
-  void attend(gqa::kv_cache<float>& cache, const rows_of_heads& q, const rows_of_heads& k, const rows_of_heads& v,
+  template <class T>
+  using caches_of = std::vector<gqa::kv_cache<T>>;  // a layer each
+
+  template <class T>
+  void attend(gqa::kv_cache<T>& cache, const rows_of_heads& q, const rows_of_heads& k, const rows_of_heads& v,
               const rows_of_heads& out) {
     cache.append(k, v);
     switch (attention_.kind) {
@@ -77,7 +97,7 @@ class model {
         gqa::attention(q, cache, out, {.causal = true}, ctx_);
         break;
       case attention_kind::grouped:
-        gqa::grouped_attention(q, cache, out, attention_.grouped, ctx_);
+        if constexpr (std::is_same_v<T, float>) gqa::grouped_attention(q, cache, out, attention_.grouped, ctx_);
         break;
       case attention_kind::local:
         gqa::attention(q, cache, out, {.causal = true, .window = {attention_.window - 1, -1}}, ctx_);
@@ -91,7 +111,7 @@ class model {
   attention_choice attention_;
   example::capture* capture_ = nullptr;
   transformer transformer_;
-  std::vector<gqa::kv_cache<float>> caches_;  // a layer each
+  std::variant<caches_of<float>, caches_of<Eigen::half>, caches_of<Eigen::bfloat16>> caches_;
   int length_ = 0;
   double attention_seconds_ = 0;
 };
