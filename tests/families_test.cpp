@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -19,13 +20,18 @@
 namespace gqa::test {
 namespace {
 
-// Some tokens for a cache of G heads of D and E, of which few are not finite.
+// Some tokens for a cache of G heads of D and E; in some of them, one value that is not finite.
 template <class T>
 void append_random(paged_kv_cache<T>& cache, sequence_id id, index_t tokens, index_t g, index_t d, index_t e,
-                   rng& random) {
+                   rng& random, double strange = 0) {
   std::vector<T> k, v;
   for (index_t i = 0; i < tokens * g * d; ++i) k.push_back(static_cast<T>(static_cast<float>(random.normal())));
   for (index_t i = 0; i < tokens * g * e; ++i) v.push_back(static_cast<T>(static_cast<float>(random.normal())));
+  if (tokens > 0 && random.chance(strange)) {
+    const float values[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()};
+    v[static_cast<std::size_t>(random.between(0, static_cast<index_t>(v.size()) - 1))] =
+        static_cast<T>(values[random.between(0, 1)]);
+  }
   cache.append(id, tensor_view<const T, 3>(k.data(), {tokens, g, d}),
                tensor_view<const T, 3>(v.data(), {tokens, g, e}));
 }
@@ -37,13 +43,14 @@ struct tables {
   std::vector<index_t> memory;
   detail::families found;
 
-  tables(const std::vector<std::vector<std::int32_t>>& t, const std::vector<index_t>& r)
+  tables(const std::vector<std::vector<std::int32_t>>& t, const std::vector<index_t>& r, index_t least_tasks = 1)
       : of_sequences(t), of_rows(r), memory(3 * t.size() + 1), found(static_cast<index_t>(t.size()), memory.data()) {
-    found.find(*this);
+    found.find(*this, least_tasks);
   }
   index_t rows(index_t b) const { return of_rows[static_cast<std::size_t>(b)]; }
   index_t length(index_t b) const { return static_cast<index_t>(pages(b).size()) * page_size(); }
   std::span<const std::int32_t> pages(index_t b) const { return of_sequences[static_cast<std::size_t>(b)]; }
+  detail::key_tiles tiles(index_t b) const { return {{0, static_cast<index_t>(pages(b).size())}}; }
   static index_t page_size() { return 64; }
   bool has_shared_pages(index_t b) const { return !pages(b).empty(); }
 
@@ -76,6 +83,16 @@ TEST(Families, LeaveOutWhoSharesLittle) {
   EXPECT_EQ(tables({a, b}, {4, 4}).found.count(), 2);  // 1 of 9
   a.pop_back(), b.pop_back();
   EXPECT_EQ(tables({a, b}, {4, 4}).found.count(), 1);  // 1 of 8
+}
+
+// As many families as keep all workers busy, where splits do not.
+TEST(Families, AreEnoughForTheTasks) {
+  const std::vector<std::vector<std::int32_t>> of_a_split(24, std::vector<std::int32_t>(16, 1));
+  EXPECT_EQ(tables(of_a_split, std::vector<index_t>(24, 4)).found.count(), 1);
+  EXPECT_EQ(tables(of_a_split, std::vector<index_t>(24, 4), 8).found.count(), 8);
+  EXPECT_EQ(tables(of_a_split, std::vector<index_t>(24, 4), 100).found.count(), 24);
+  const std::vector<std::vector<std::int32_t>> of_four(24, std::vector<std::int32_t>(64, 1));
+  EXPECT_EQ(tables(of_four, std::vector<index_t>(24, 4), 8).found.count(), 2);
 }
 
 // Any tables: everyone once, no more rows than a tile has, even ones, and neighbours that share as much as is said.
@@ -178,13 +195,14 @@ void expect_any_tree(index_t rounds, std::uint64_t seed) {
     const index_t page_size = 16 * random.between(1, 6);
     paged_kv_cache<T> cache(1, 40 * (2200 / page_size + 1), page_size, kv_heads, dim, value_dim);
     std::vector<sequence_id> all{cache.create()};
-    append_random(cache, all[0], random.between(0, random.chance(0.3) ? 2000 : 400), kv_heads, dim, value_dim, random);
+    append_random(cache, all[0], random.between(0, random.chance(0.3) ? 2000 : 400), kv_heads, dim, value_dim, random,
+                  0.1);
     for (index_t n = random.between(1, 30); n > 0; --n) {
       const auto parent = all[static_cast<std::size_t>(random.between(0, static_cast<index_t>(all.size()) - 1))];
       all.push_back(cache.fork(parent));
       const index_t length = cache.length(parent);
       if (random.chance(0.3)) cache.truncate(all.back(), random.between(length / 2, length));
-      append_random(cache, all.back(), random.between(0, 90), kv_heads, dim, value_dim, random);
+      append_random(cache, all.back(), random.between(0, 90), kv_heads, dim, value_dim, random, 0.1);
     }
     ragged_case<T> c(heads, kv_heads, dim, value_dim, {1}, random);
     for (index_t n = random.between(1, 40); n > 0; --n) {

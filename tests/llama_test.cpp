@@ -175,7 +175,6 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
   EXPECT_EQ(run_llama(of_model("--steps 200 --attention grouped")).out, expected);
 }
 
-// What is captured is what a computation in double stored, layer by layer.
 // Keys and values in 16 bits: nearly the same loss, and not by ignoring the option.
 TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   GQA_NEED_TEST_DATA();
@@ -195,6 +194,7 @@ TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   EXPECT_EQ(run_llama(of_model("--kv-type f16 --attention grouped")).exit_code, 2);
 }
 
+// What is captured is what a computation in double stored, layer by layer.
 TEST(Llama, CapturesWhatAttentionIsAsked) {
   GQA_NEED_TEST_DATA();
   const std::string path = ::testing::TempDir() + "/gqa_llama_capture.npy";

@@ -225,6 +225,8 @@ TEST(RingKvCache, RefusesWhatCannotBe) {
   const index_t most = std::numeric_limits<index_t>::max();
   EXPECT_EQ(code_of([] { ring_kv_cache<float>(1, 1, -1, 10, 8); }), errc::shape);
   EXPECT_EQ(code_of([] { ring_kv_cache<float>(1, 1, 0, 0, 8); }), errc::shape);
+  EXPECT_EQ(code_of([] { ring_kv_cache<float>(1, 1, 0, std::numeric_limits<index_t>::min(), 8); }), errc::shape);
+  EXPECT_EQ(code_of([] { ring_kv_cache<float>(1, 1, std::numeric_limits<index_t>::min(), 5, 8); }), errc::shape);
   EXPECT_EQ(code_of([] { ring_kv_cache<float>(-1, 1, 0, 1, 8); }), errc::shape);
   EXPECT_EQ(code_of([] { ring_kv_cache<float>(1, 1, 0, 1, 0); }), errc::shape);
   EXPECT_EQ(code_of([=] { ring_kv_cache<float>(1, 1, most, most, 8); }), errc::capacity);
@@ -246,6 +248,23 @@ TEST(RingKvCache, RefusesWhatCannotBe) {
   EXPECT_EQ(ring.gone(0), gone);  // what newer tokens took does not come back
   EXPECT_EQ(code_of([&] { ring.truncate(0, 64); }), errc::ok);
   EXPECT_EQ(ring.gone(0).size(), 0);
+}
+#else
+// A cache that could not be made is an empty one.
+TEST(RingKvCache, IsEmptyWithoutMemory) {
+  static std::string message;
+  set_error_handler([](const error& e) { message = e.what(); });
+  ring_kv_cache<float> ring(1, 8, 0, index_t{1} << 45, 128);
+  kv_cache<float> cache(1, 8, index_t{1} << 45, 128);
+  EXPECT_NE(message.find("memory"), std::string::npos) << message;
+  EXPECT_EQ(ring.batch(), 0);
+  EXPECT_EQ(cache.batch(), 0);
+  EXPECT_EQ(ring.length(0), 0);
+  EXPECT_EQ(cache.capacity(), 0);
+  ring.clear(), cache.clear();
+  EXPECT_EQ(ring.kv_len() + cache.kv_len(), 0);
+  EXPECT_EQ(ring.gone(0).size(), 0);
+  set_error_handler(nullptr);
 }
 #endif
 

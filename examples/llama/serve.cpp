@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -36,8 +37,8 @@ order of the requests, a line each; progress and speed to stderr.
   --tokenizer FILE    tokenizer.bin that belongs to it
   --prompts FILE      a request a line
   --beginning TEXT    what every request begins with
-  --steps N           tokens to produce for the first request, fewer for others: they leave at different times
-                      (default 128)
+  --steps N           tokens to produce for a request at most; four of five ask for up to half fewer, so that they leave
+                      at different times (default 128)
   --batch N           most requests at once (default 8)
   --pages N           of 64 tokens, for all of them (default: as many as they may need)
   --temperature X     0 takes the likeliest token (default 0)

@@ -6,7 +6,8 @@
 /// All queries lie in one tensor [total_q, H, D]; the n-th sequence of the batch owns rows [q_offsets[n],
 /// q_offsets[n + 1]) and reads the keys of sequences[n]. Tasks of all of them are planned together, by cost, and the
 /// plan stays in the context: the layers of a model, and decode steps until a sequence begins a new key tile, reuse it.
-/// A row has the bits that it has in a call by itself.
+/// A row has the bits that it has in a call by itself. Forks that share pages are sorted by their page tables in every
+/// call, a comparison of pages where attention reads them.
 #pragma once
 
 #include <cstddef>
@@ -74,7 +75,8 @@ template <class KV>
   return mask.extent(0) == 0 && mask.extent(1) == 0;
 }
 
-/// Which of their last q_len keys the queries of a batch's sequences see: a variant.
+/// Which of their last q_len keys the queries of a batch's sequences see: a variant, for batches without masks, too,
+/// which then take no other path and no longer to compile.
 class draft_masks {
  public:
   /// Of a sequence: the position of its first query, and the first of its last q_len keys.
@@ -94,7 +96,9 @@ class draft_masks {
     const bool hides = hides_in(b.batch) && b.key_end > places_[static_cast<std::size_t>(b.batch)].key;
     return hides ? visibility::some : visibility::all;
   }
-  [[nodiscard]] bool hides_in(index_t n) const noexcept { return !is_absent(masks_[static_cast<std::size_t>(n)]); }
+  [[nodiscard]] bool hides_in(index_t n) const noexcept {
+    return !masks_.empty() && !is_absent(masks_[static_cast<std::size_t>(n)]);
+  }
 
  private:
   std::span<const tensor_view<const bool, 2>> masks_;
@@ -151,13 +155,14 @@ void attend_batch(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, c
   attention_options common = options.common;
   if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
   if (const auto f = find_batch_fault(q, ragged, kv, out, options, common)) return raise(f);
-  if (options.masks.empty()) return attend_checked(q, kv, out, common, ragged, no_variant{}, ctx);
-  auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
-  p.ragged = ragged;
   std::vector<draft_masks::place> places;
-  for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
-    const index_t length = p.length(kv, n);
-    places.push_back({p.query_offset(n, length), length - p.q_len(n)});
+  if (!options.masks.empty()) {
+    auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
+    p.ragged = ragged;
+    for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
+      const index_t length = p.length(kv, n);
+      places.push_back({p.query_offset(n, length), length - p.q_len(n)});
+    }
   }
   attend_checked(q, kv, out, common, ragged, draft_masks(options.masks, std::move(places)), ctx);
 }

@@ -11,6 +11,7 @@
 /// window may touch, and one to spare, in turns. So up to 65 tokens may be appended, and then be queries, at a time.
 #pragma once
 
+#include <algorithm>
 #include <memory_resource>
 
 #include <gqa/config.hpp>
@@ -38,14 +39,17 @@ class ring_kv_cache : public detail::tiled_cache<T> {
     detail::fault f = detail::find_least_fault("ring_kv_cache", "sink_tokens", 0, sink_tokens);
     if (!f) f = detail::find_least_fault("ring_kv_cache", "window", 1, window);
     // A window of n tokens that ends with the first token of a tile touches (n - 1) / 64 more, rounded up.
-    const detail::cache_slots slots{detail::tiles_for(sink_tokens), detail::tiles_for(window - 1) + 2,
-                                    detail::position_limit};
+    const detail::cache_slots slots{detail::tiles_for(sink_tokens),
+                                    detail::tiles_for(std::max<index_t>(window, 1) - 1) + 2, detail::position_limit};
     if (!f)
       f = this->build("ring_kv_cache", batch, kv_heads, slots, head_dim, value_dim == -1 ? head_dim : value_dim,
                       memory);
     if (f) detail::raise(f);
     sink_tokens_ = sink_tokens, window_ = window;
   }
+
+  /// Of a kv_source (kv_source.hpp).
+  using detail::tiled_cache<T>::gone_tiles;
 
   [[nodiscard]] index_t sink_tokens() const noexcept { return sink_tokens_; }
   [[nodiscard]] index_t window() const noexcept { return window_; }

@@ -130,22 +130,28 @@ class rope {
       return detail::raise(detail::make_fault(errc::shape, "first_positions: expected %lld entries, got %zu",
                                               detail::printable(rows.extent(0)), first_positions.size()));
     if (const auto f = find_positions_fault("first_positions", first_positions)) return detail::raise(f);
-    if (const auto f = detail::find_output_fault(detail::describe("x", rows))) return detail::raise(f);
-    std::vector<index_t> positions;
-    for (const index_t first : first_positions) {
-      for (index_t s = 0; s < rows.extent(1); ++s) positions.push_back(first + s);
+    for (std::size_t b = 0; b < first_positions.size() && rows.extent(1) > 0; ++b) {  // and the last ones
+      const index_t last = first_positions[b] + rows.extent(1) - 1;
+      if (const auto f = detail::find_position_fault("first_positions", b, last)) return detail::raise(f);
     }
-    rotate_each(rows, positions, ctx);
+    if (const auto f = detail::find_output_fault(detail::describe("x", rows))) return detail::raise(f);
+    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
+    rotate_in_chunks(
+        rows, [&](index_t b, index_t s) { return first_positions[static_cast<std::size_t>(b)] + s; }, ctx);
   }
   /// The same once, every token at a position of its own.
   /// \param positions  [n]
   template <class X>
   requires detail::rows_like<X>
   void rotate_each(X&& x, std::span<const index_t> positions, context& ctx) const {
-    using A = accumulator_t<std::remove_const_t<typename decltype(detail::as_rows(std::forward<X>(x)))::element_type>>;
-    const detail::error_watch watch;
-    const rope_turns<A> made = turns<A>(positions, ctx);
-    if (!watch.failed()) rotate(std::forward<X>(x), made, ctx);
+    const auto rows = detail::as_rows(std::forward<X>(x));
+    if (static_cast<index_t>(positions.size()) != rows.extent(0) * rows.extent(1))
+      return detail::raise(detail::make_fault(errc::shape, "positions: expected %lld entries, got %zu",
+                                              detail::printable(rows.extent(0) * rows.extent(1)), positions.size()));
+    if (const auto f = find_positions_fault("positions", positions)) return detail::raise(f);
+    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
+    rotate_in_chunks(
+        rows, [&](index_t b, index_t s) { return positions[static_cast<std::size_t>(b * rows.extent(1) + s)]; }, ctx);
   }
 
  private:
@@ -158,19 +164,40 @@ class rope {
     }
     return {};
   }
+  template <class T>
+  [[nodiscard]] detail::fault find_head_dim_fault(const tensor_view<T, 4>& rows) const noexcept {
+    static_assert(!std::is_const_v<T>, "gqa: rows are rotated in place");
+    const detail::operand x = detail::describe("x", rows);
+    if (const auto f = detail::find_output_fault(x)) return f;
+    return detail::find_extent_fault(x, 3, head_dim_, "the head dim");
+  }
   template <class T, class A>
   [[nodiscard]] detail::fault find_rows_fault(const tensor_view<T, 4>& rows,
                                               const rope_turns<A>& turns) const noexcept {
-    static_assert(!std::is_const_v<T>, "gqa: rows are rotated in place");
     static_assert(std::is_same_v<A, accumulator_t<T>>, "gqa: turns must be of the accumulator of the rows");
-    const detail::operand x = detail::describe("x", rows);
-    if (const auto f = detail::find_output_fault(x)) return f;
-    if (const auto f = detail::find_extent_fault(x, 3, head_dim_, "the head dim")) return f;
+    if (const auto f = find_head_dim_fault(rows)) return f;
     if (turns.tokens() != rows.extent(0) * rows.extent(1) || turns.pairs() != pairs())
       return detail::make_fault(errc::shape, "turns: expected %lld tokens of %lld pairs, got %lld of %lld",
                                 detail::printable(rows.extent(0) * rows.extent(1)), detail::printable(pairs()),
                                 detail::printable(turns.tokens()), detail::printable(turns.pairs()));
     return {};
+  }
+
+  /// Checked rows, whose turns are made for so many tokens at a time.
+  template <class T, class PositionOf>
+  void rotate_in_chunks(const tensor_view<T, 4>& x, const PositionOf& position_of, context& ctx) const {
+    constexpr index_t chunk = 512;
+    std::vector<index_t> positions;
+    for (index_t b = 0; b < x.extent(0); ++b) {
+      for (index_t first = 0; first < x.extent(1); first += chunk) {
+        positions.clear();
+        for (index_t s = first; s < std::min(first + chunk, x.extent(1)); ++s) positions.push_back(position_of(b, s));
+        const tensor_view<T, 4> some(&x(b, first, 0, 0),
+                                     {1, static_cast<index_t>(positions.size()), x.extent(2), x.extent(3)},
+                                     {0, x.stride(1), x.stride(2), x.stride(3)});
+        rotate_rows(some, turns<accumulator_t<T>>(positions, ctx), ctx);
+      }
+    }
   }
 
   template <class T, class A>

@@ -13,10 +13,10 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <span>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/tile.hpp>
 
 namespace gqa::detail {
@@ -50,11 +50,12 @@ class families {
     return {members_.subspan(first, members), shared_.subspan(first, members)};
   }
 
-  /// Finds those who share. `sequences` says of each: rows(b), of a KV head; length(b), in tokens; pages(b), which hold
-  /// page_size() tokens each; and has_shared_pages(b), whether others may have some of them.
+  /// Finds those who share. `sequences` says of each: rows(b), of a KV head; length(b), in tokens; tiles(b), those that
+  /// it reads; pages(b), which hold page_size() tokens each; and has_shared_pages(b), whether others may have some of
+  /// them. Those who share make up families enough for `least_tasks` row tiles and splits, where that can be.
   /// Cost: a sort of those who may join, which compares their pages, and nothing where there are none.
   template <class Sequences>
-  void find(const Sequences& sequences) noexcept {
+  void find(const Sequences& sequences, index_t least_tasks = 1) noexcept {
     const auto alone = std::partition(members_.begin(), members_.end(), [&](index_t b) {
       return sequences.rows(b) > 0 && sequences.rows(b) <= most_rows / 2 && sequences.has_shared_pages(b);
     });
@@ -63,36 +64,38 @@ class families {
       const auto of_b = sequences.pages(b), of_c = sequences.pages(c);
       return std::lexicographical_compare(of_b.begin(), of_b.end(), of_c.begin(), of_c.end());
     });
-    const auto candidates = static_cast<std::size_t>(alone - members_.begin());
-    for (std::size_t n = 1; n < candidates; ++n) {
-      const index_t b = members_[n - 1], c = members_[n], common = common_tiles(sequences, b, c);
-      const index_t longest = std::max(sequences.length(b), sequences.length(c));
-      shared_[n] = common * tile_tokens * least_part >= longest ? common : 0;
-    }
+    for (auto member = members_.begin() + 1; member < alone; ++member)
+      shared_[static_cast<std::size_t>(member - members_.begin())] = tiles_to_share(sequences, member[-1], member[0]);
     count_ = 0;
     for (std::size_t first = 0, end = 0; first < members_.size(); first = end) {
-      index_t rows = 0;
-      for (end = first + 1; end < candidates && shared_[end] > 0;) ++end;
-      for (std::size_t n = first; n < end; ++n) rows += sequences.rows(members_[n]);
-      cut(sequences, first, end, ceil_div(rows, std::max<index_t>(ceil_div(rows, most_rows), 1)));
+      index_t rows = sequences.rows(members_[first]), splits = 1;
+      for (end = first + 1; end < members_.size() && shared_[end] > 0; ++end) {
+        rows += sequences.rows(members_[end]);
+        splits = std::max(splits, sequences.tiles(members_[end]).splits());
+      }
+      const index_t pieces = std::max(ceil_div(rows, most_rows), ceil_div(least_tasks, splits));
+      cut(sequences, first, end, ceil_div(rows, std::max<index_t>(pieces, 1)));
     }
     firsts_[count_] = static_cast<index_t>(members_.size());
   }
 
  private:
-  /// Neighbours join where what they share is at least this part of what either has: an eighth.
+  /// Neighbours join where what both read is at least this part of what either reads: an eighth.
   static constexpr index_t least_part = 8;
 
   /// Rows of several members together: a row tile's.
   static constexpr index_t most_rows = row_tile_rows;
 
-  /// Whole key tiles that two sequences read from the same pages.
+  /// Whole key tiles that two sequences have in the same pages, if enough of those that they read are among them.
   template <class Sequences>
-  [[nodiscard]] static index_t common_tiles(const Sequences& sequences, index_t b, index_t c) noexcept {
+  [[nodiscard]] static index_t tiles_to_share(const Sequences& sequences, index_t b, index_t c) noexcept {
     const auto of_b = sequences.pages(b), of_c = sequences.pages(c);
     const auto differs = std::mismatch(of_b.begin(), of_b.end(), of_c.begin(), of_c.end()).first;
     const index_t tokens = (differs - of_b.begin()) * sequences.page_size();
-    return std::min({tokens, sequences.length(b), sequences.length(c)}) / tile_tokens;
+    const index_t common = std::min({tokens, sequences.length(b), sequences.length(c)}) / tile_tokens;
+    const key_tiles by_b = sequences.tiles(b), by_c = sequences.tiles(c);
+    const index_t read = common - std::max(by_b.begin(), by_c.begin());
+    return read > 0 && read * least_part >= std::max(by_b.size(), by_c.size()) ? common : 0;
   }
 
   /// Cuts members [first, end) into families of about so many rows.

@@ -23,7 +23,7 @@ inline namespace GQA_ISA {
 template <class Source>
 class part_of_source {
   static_assert(
-      !requires(const Source& kv) { kv.gone(index_t{}); },
+      !requires(const Source& kv) { kv.gone_tiles(index_t{}); },
       "gqa: grouped attention takes all keys of a sequence, of which a ring_kv_cache has dropped some");
 
  public:

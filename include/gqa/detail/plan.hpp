@@ -25,7 +25,6 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/tile.hpp>
-#include <gqa/detail/visibility.hpp>
 
 namespace gqa::detail {
 
@@ -82,7 +81,7 @@ struct family_plan {
   index_t first_state;          // their states
 };
 
-/// Sequences [first, end) of a plan, so many heads at a time.
+/// Families [first, end) of a plan, so many heads at a time.
 struct plan_wave {
   index_t first, end;
   index_t heads;
@@ -101,6 +100,11 @@ struct call_plan {
 /// Rows that a visit of a family's fullest row tile counts for.
 [[nodiscard]] inline index_t weight_of(const family_request& s) noexcept {
   return std::max(s.most_rows, least_rows);
+}
+
+/// Visits of its fullest row tile.
+[[nodiscard]] inline index_t most_visits_of(const family_plan& f) noexcept {
+  return f.asks.row_tiles == 1 ? f.visits : f.asks.tiles.size() * weight_of(f.asks);
 }
 
 /// Cuts the families from `first` on into the next wave.
@@ -145,7 +149,7 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
     const index_t splits = f.asks.tiles.splits();
     const double bytes =
         heads * static_cast<double>(states + f.asks.row_tiles * splits) * static_cast<double>(request.state_bytes);
-    const double of_task = static_cast<double>(plan.bundle * f.asks.tiles.size() * weight_of(f.asks));
+    const double of_task = static_cast<double>(plan.bundle * most_visits_of(f));
     const bool apart = plan.workers > 1 && splits > 1 && bytes <= split_state_bytes && of_task > most_of_task;
     f.parts = apart ? splits : 1;
     f.tasks = f.asks.row_tiles * f.parts;
@@ -180,14 +184,14 @@ template <class AsksOf, class VisitsOf>
   for (index_t i = 0; i < request.families; ++i) {
     const family_request asks = asks_of(i);
     const bool packs = request.packed_tile_bytes > 0 && asks.row_tiles > 1;
-    const index_t slots = packs ? round_up(asks.tiles.size(), tiles_packed_together) : 0;
+    const index_t slots = packs ? round_up(asks.tiles.end() - asks.tiles.begin(), tiles_packed_together) : 0;
     families[i] = {i, asks, visits_of(i), 1, 0, 0, slots, 0, 0, 0, 0};
     visits += static_cast<double>(families[i].visits);
   }
   if (visits * static_cast<double>(request.kv_heads) * static_cast<double>(request.visit_products) < serial_work)
     plan.workers = 1;
   std::sort(families, families + n, [](const family_plan& x, const family_plan& y) {
-    const index_t of_x = x.asks.tiles.size() * weight_of(x.asks), of_y = y.asks.tiles.size() * weight_of(y.asks);
+    const index_t of_x = most_visits_of(x), of_y = most_visits_of(y);
     return of_x != of_y ? of_x > of_y : x.family < y.family;
   });
   index_t count = 0;

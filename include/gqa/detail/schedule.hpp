@@ -23,6 +23,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/families.hpp>
+#include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/tile.hpp>
@@ -85,9 +86,10 @@ class scheduler {
     index_t* const memory = ctx_.detail_families(sequences);
     if (memory == nullptr) return false;
     families_ = families(sequences, memory);
-    if constexpr (has_pages) {
+    if constexpr (engine::has_pages) {
       if (!problem_.ragged.shares_prefixes) return true;
-      families_.find(sequences_in_pages{*this, problem_.largest_group()});
+      const auto tasks = static_cast<index_t>(tasks_of_a_share) * (ctx_.concurrency() == 1 ? 0 : ctx_.concurrency());
+      families_.find(sequences_in_pages{*this, problem_.largest_group()}, ceil_div(tasks, problem_.shape.kv_heads));
     }
     return true;
   }
@@ -97,6 +99,7 @@ class scheduler {
     const scheduler& call;
     index_t group;
     [[nodiscard]] index_t rows(index_t b) const noexcept { return call.problem_.q_len(b) * group; }
+    [[nodiscard]] key_tiles tiles(index_t b) const noexcept { return call.engine_.tiles_of(std::span(&b, 1)); }
     [[nodiscard]] index_t length(index_t b) const noexcept { return call.engine_.length(b); }
     [[nodiscard]] index_t page_size() const noexcept { return call.kv_.page_size(); }
     [[nodiscard]] std::span<const std::int32_t> pages(index_t b) const noexcept {
@@ -196,7 +199,6 @@ class scheduler {
     return w;
   }
 
-  static constexpr bool has_pages = requires(const Source& kv) { kv.pages_of(index_t{}); };
   [[nodiscard]] static bool heads_lie_together(const Source& kv) noexcept {
     if constexpr (requires { kv.heads_lie_together(); }) return kv.heads_lie_together();
     return false;
@@ -239,9 +241,11 @@ class scheduler {
       if (problem_.group_size(g) == 0) return;
       const index_t begin = f.asks.tiles.begin() + at.n,
                     end = std::min(begin + tiles_packed_together, f.asks.tiles.end());
-      for (index_t i = begin; i < end; ++i) {
-        const index_t slot = slot_of(w, f, g, i);
-        tiles_[slot] = engine_.tile(families_[f.family].members.front(), g, i, packed_ + slot * slot_elements());
+      for (const key_range some : f.asks.tiles.read_of({begin, end})) {
+        for (index_t i = some.begin; i < some.end; ++i) {
+          const index_t slot = slot_of(w, f, g, i);
+          tiles_[slot] = engine_.tile(families_[f.family].members.front(), g, i, packed_ + slot * slot_elements());
+        }
       }
     });
   }

@@ -106,6 +106,16 @@ class tile_engine {
   using A = accumulator_t<P>;
   using workspace = detail::workspace<P, L>;
 
+  // What a source has of what it may have (kv_source.hpp).
+  static constexpr bool has_rows = requires(const Source& kv) {
+    kv.rows(index_t{}, index_t{}, index_t{});
+    kv.ahead(index_t{}, group_visit{});
+  };
+  static constexpr bool has_pages = requires(const Source& kv) { kv.pages_of(index_t{}); };
+  static constexpr bool has_gaps = requires(const Source& kv) { kv.gone_tiles(index_t{}); };
+  static_assert(!(has_pages && (has_rows || has_gaps)),
+                "gqa: sequences of a source that share pages have no rows to be read in place, and no tiles gone");
+
   tile_engine(const problem<A, L>& p, const Source& kv, const Variant& variant) noexcept
       : problem_(p),
         kv_(kv),
@@ -114,6 +124,7 @@ class tile_engine {
         interval_(p.interval()),
         fetched_(fetched_of(p.shape)),
         streams_(rules_.is_plain() && kv.scratch_elements() == 0),
+        looks_ahead_(scattered && kv.scratch_elements() == 0),
         reads_rows_(rules_.is_plain() && has_whole_groups(kv) && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
@@ -148,7 +159,7 @@ class tile_engine {
     }
     if (seen.size() == 0) return {};
     const key_range tiles{seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
-    if constexpr (requires { kv_.gone_tiles(b); }) return {tiles, kv_.gone_tiles(problem_.kv_sequence(b))};
+    if constexpr (has_gaps) return {tiles, kv_.gone_tiles(problem_.kv_sequence(b))};
     return {tiles};
   }
   /// The same of all queries of some sequences together.
@@ -218,7 +229,7 @@ class tile_engine {
     w.all_seen = block == visibility::all && w.whole.begin <= i && i < w.whole.end && !problem_.options.mask;
     if (block == visibility::none || !find_visible(t, i, block, w)) return;
     const kv_tile<P> now = tile_at(t.b(), t.g, i, w.tile);
-    const bool follows = scattered && (i + 1) * tile_tokens < length(t.b());
+    const bool follows = looks_ahead_ && (i + 1) * tile_tokens < length(t.b());
     attend_tile(t, i, now, follows ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
   }
 
@@ -314,10 +325,6 @@ class tile_engine {
  private:
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
   static constexpr bool scattered = has_scattered_panels<Source>;
-  static constexpr bool has_rows = requires(const Source& kv) {
-    kv.rows(index_t{}, index_t{}, index_t{});
-    kv.ahead(index_t{}, group_visit{});
-  };
 
   /// Whether the interval rules alone decide what rows see. A variant may say so of some sequences of a batch, whose
   /// bits are then those of a call without it.
@@ -361,28 +368,28 @@ class tile_engine {
     const index_t group = problem_.group_size(g), s = r / group, keys = length(b);
     return {b, s, problem_.first_head(g) + r % group, problem_.query_offset(b, keys) + s, keys};
   }
-  [[nodiscard]] row_index index_of(const row_tile& t, index_t r) const noexcept {
-    r += t.first;
-    auto b = t.members.begin();
-    if (t.members.size() > 1) {
-      for (; r >= rows_of(*b, t.g); ++b) r -= rows_of(*b, t.g);
-    }
-    return index_of(*b, t.g, r);
-  }
 
-  /// Calls f(r, row) for the rows of a tile.
+  /// Calls f(r, row) for rows [begin, end) of a tile.
+  template <class F>
+  void for_each_row(const row_tile& t, index_t begin, index_t end, const F& f) const {
+    const index_t first_head = problem_.first_head(t.g), end_head = first_head + problem_.group_size(t.g);
+    index_t of_member = 0;  // its first row
+    for (std::size_t n = 0; n < t.members.size() && of_member < end; ++n) {
+      const index_t b = t.members[n], rows = t.members.size() == 1 ? t.rows : rows_of(b, t.g);
+      const index_t from = std::max(begin, of_member), to = std::min(end, of_member + rows);
+      if (from < to) {
+        row_index row = index_of(b, t.g, t.first + from - of_member);
+        for (index_t r = from; r < to; ++r) {
+          f(r, row);
+          if (++row.q_head == end_head) row.q_head = first_head, ++row.query, ++row.position;
+        }
+      }
+      of_member += rows;
+    }
+  }
   template <class F>
   void for_each_row(const row_tile& t, const F& f) const {
-    const index_t first_head = problem_.first_head(t.g), end_head = first_head + problem_.group_size(t.g);
-    for (index_t r = 0, n = 0; r < t.rows; ++n) {
-      const index_t b = t.members[static_cast<std::size_t>(n)];
-      const index_t end = t.members.size() == 1 ? t.rows : r + rows_of(b, t.g);
-      if (r == end) continue;
-      for (row_index row = index_of(b, t.g, t.first); r < end; ++r) {
-        f(r, row);
-        if (++row.q_head == end_head) row.q_head = first_head, ++row.query, ++row.position;
-      }
-    }
+    for_each_row(t, 0, t.rows, f);
   }
 
   /// Queries of sequence b that have rows in a tile.
@@ -525,19 +532,20 @@ class tile_engine {
   [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, const kv_tile<P>& next, index_t block) const noexcept {
     const index_t keys = block * fetched_.keys, values = block * fetched_.values;
     if (keys >= fetched_.all_keys && values >= fetched_.all_values) return at_hand(tile);
-    constexpr index_t size = sizeof(P);
     if constexpr (scattered) {
       const auto byte_of = [](const std::array<const P*, tile_panels>& panels, index_t all, index_t byte) {
         const index_t panel = std::min(byte * tile_panels / all, tile_panels - 1);
-        return panels[static_cast<std::size_t>(panel)] + (byte - panel * (all / tile_panels)) / size;
+        return fetched_from<P>{panels[static_cast<std::size_t>(panel)], byte - panel * (all / tile_panels)};
       };
       return {byte_of(next.k, fetched_.all_keys, keys), byte_of(next.v, fetched_.all_values, values)};
     } else {
-      return {tile.next + keys / size, tile.next + (fetched_.all_keys + values) / size};
+      return {{tile.next, keys}, {tile.next, fetched_.all_keys + values}};
     }
   }
   /// Lines that are there already, which costs nothing.
-  [[nodiscard]] static next_tile<P> at_hand(const kv_tile<P>& tile) noexcept { return {tile.k[0], tile.v[0]}; }
+  [[nodiscard]] static next_tile<P> at_hand(const kv_tile<P>& tile) noexcept {
+    return {{tile.k[0], 0}, {tile.v[0], 0}};
+  }
 
   /// The operands of the first row on a tile, all of whose panels are seen.
   [[nodiscard]] block_operands<P, L> operands_of(const kv_tile<P>& tile, workspace& w,
@@ -585,21 +593,21 @@ class tile_engine {
     if (w.all_seen && rules_.is_plain())
       return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
                            w.lanes + row * packet_size<A>, w.alpha + row);
-    for (index_t r = row; r < row_end; ++r) {
+    for_each_row(t, row, row_end, [&](index_t r, const row_index& index) {
       A* const s = w.s + r * tile_tokens;
       L* const p = w.p + r * tile_tokens;
       if (w.visible[r] == 0) {  // the state stays as it is
         std::fill_n(p, tile_tokens, L(0));
         w.alpha[r] = A{1};
-        continue;
+        return;
       }
       if (!rules_.is_plain())
-        rules_.apply(s, op.panel_begin * panel_tokens, op.panel_end * panel_tokens, w.visible[r], index_of(t, r),
+        rules_.apply(s, op.panel_begin * panel_tokens, op.panel_end * panel_tokens, w.visible[r], index,
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (op.tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
       w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
-    }
+    });
   }
 
   static void multiply(A* s, index_t count, A factor) noexcept {
@@ -659,8 +667,9 @@ class tile_engine {
   score_rules<A, L, Variant> rules_;
   interval_rule interval_;
   fetched_bytes fetched_;
-  bool streams_;     // whether few rows stream tiles, which lie in memory then
-  bool reads_rows_;  // whether few rows read rows of tensors in place
+  bool streams_;      // whether few rows stream tiles, which lie in memory then
+  bool looks_ahead_;  // whether the next tile is found before its turn, so that row blocks can ask for it
+  bool reads_rows_;   // whether few rows read rows of tensors in place
 };
 
 }  // namespace GQA_ISA

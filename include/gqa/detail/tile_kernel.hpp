@@ -48,11 +48,16 @@ inline constexpr int stream_rows = (packet_size<A> == panel_tokens && packet_reg
 [[nodiscard]] constexpr index_t bytes_fetched(index_t steps) noexcept {
   return 64 * steps;
 }
-/// What a row block asks for, from where on.
+/// What a row block asks for: from so many bytes after some place on. (Not one pointer, which may not be formed where
+/// there is no next tile.)
+template <class P>
+struct fetched_from {
+  const P* at;
+  index_t bytes;
+};
 template <class P>
 struct next_tile {
-  const P* keys;
-  const P* values;
+  fetched_from<P> keys, values;
 };
 
 /// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
@@ -143,10 +148,10 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     const index_t c = column + v * width;
     b[v] = op.tile.k[static_cast<std::size_t>(c / panel_tokens)] + c % panel_tokens * lanes;
   }
-  index_t next = column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
+  index_t next = op.next.keys.bytes + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
   const index_t ahead = bytes_ahead<How>(op.ahead.k, column / panel_tokens);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
-    if constexpr (How == reading::blocks) prefetch<2>(op.next.keys, next), next += 64;
+    if constexpr (How == reading::blocks) prefetch<2>(op.next.keys.at, next), next += 64;
     GQA_UNROLL
     for (int v = 0; v < Vectors && How != reading::blocks; ++v)
       fetch_ahead<Rows, width * lanes>(b[v], d * panel_tokens + v * width * lanes, ahead);
@@ -183,9 +188,9 @@ void value_columns(const block_operands<P, L>& op, const value_place& at) noexce
   const L* const weights_at = op.p + at.first_row * tile_tokens;
   // One loop over all panels: a nest of loops of 16 costs a mispredicted branch a panel, 4 % of the time.
   const index_t first = at.block * panel_tokens + at.column * lanes, end = op.panel_end * panel_tokens;
-  index_t next = (at.block + at.column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
+  index_t next = op.next.values.bytes + (at.block + at.column) / block_columns<A> * bytes_fetched(tile_tokens / lanes);
   for (index_t t = op.panel_begin * panel_tokens; t < end; t += lanes) {
-    prefetch<2>(op.next.values, next), next += 64;
+    prefetch<2>(op.next.values.at, next), next += 64;
     const auto token = static_cast<std::size_t>(t);  // unsigned: its quotient and remainder are a shift and a mask
     const P* const from =
         op.tile.v[token / panel_tokens] + first + static_cast<index_t>(token % panel_tokens) * at.columns;
@@ -411,7 +416,7 @@ void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_str
                                 tile_panels,
                                 nullptr,
                                 nullptr,
-                                {tile.k[0], tile.v[0]}};
+                                {{tile.k[0], 0}, {tile.v[0], 0}}};
   row_block_kernels<P, A>::scores[static_cast<std::size_t>(rows - 1)](op);
 }
 

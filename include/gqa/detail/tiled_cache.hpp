@@ -114,10 +114,6 @@ class tiled_cache {
     const index_t at = tile_index(b, g, i);
     return contiguous_tile<T>(tiles_ + at * elements_of_tile(), head_dim_, value_dim_, nonfinite_[at]);
   }
-  /// Tiles whose slots newer ones have taken.
-  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept {
-    return {slots_.kept, std::max(begun_[b] - slots_.turning, slots_.kept)};
-  }
 
  protected:
   tiled_cache() noexcept = default;
@@ -135,10 +131,14 @@ class tiled_cache {
     std::swap(begun_, other.begun_), std::swap(nonfinite_, other.nonfinite_);
   }
 
-  /// Takes the memory of an empty cache, of extents within bounds. `name` is what an error calls it.
+  /// Takes the memory of an empty cache, which stays empty where there is a fault. `name` is what an error calls it.
   [[nodiscard]] fault build(const char* name, index_t batch, index_t kv_heads, const cache_slots& slots,
                             index_t head_dim, index_t value_dim, std::pmr::memory_resource* memory) noexcept;
 
+  /// Tiles whose slots newer ones have taken.
+  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept {
+    return {slots_.kept, std::max(begun_[b] - slots_.turning, slots_.kept)};
+  }
   [[nodiscard]] const cache_slots& slots() const noexcept { return slots_; }
 
  private:
@@ -195,12 +195,13 @@ fault tiled_cache<T>::build(const char* name, index_t batch, index_t kv_heads, c
                                              (size(head_dim) + size(value_dim) + 2 * panel_tokens) * sizeof(T) +
                                          2 * sizeof(index_t));
   if (estimate < size(position_limit / 16)) {  // so that no product below overflows
-    batch_ = batch, kv_heads_ = kv_heads, slots_ = slots, head_dim_ = head_dim, value_dim_ = value_dim;
-    const index_t all = slot_index(batch, 0, 0);
-    const std::size_t bytes_of_tiles = static_cast<std::size_t>(all * elements_of_tile()) * sizeof(T);
+    const index_t all = batch * kv_heads * (slots.kept + slots.turning);
+    const std::size_t bytes_of_tiles =
+        static_cast<std::size_t>(all * tile_elements<T>(head_dim, value_dim)) * sizeof(T);
     const std::size_t bytes_of_lengths = static_cast<std::size_t>(batch) * sizeof(index_t);
     if (memory_.allocate(
             bytes_of_tiles + 2 * bytes_of_lengths + static_cast<std::size_t>(all) + memory_piece::alignment, memory)) {
+      batch_ = batch, kv_heads_ = kv_heads, slots_ = slots, head_dim_ = head_dim, value_dim_ = value_dim;
       std::byte* const at = memory_.data();
       tiles_ = reinterpret_cast<T*>(at);
       lengths_ = reinterpret_cast<index_t*>(at + bytes_of_tiles);
@@ -240,8 +241,10 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K
     const index_t before = lengths_[b], after = before + k.extent(1);
     for (index_t g = 0; g < kv_heads_; ++g) {
       for_each_panel(before, after, [&](index_t panel, panel_range tokens) {
-        const index_t row = panel + tokens.begin - before;
-        const index_t at = tile_index(b, g, panel / tile_tokens);
+        const index_t row = panel + tokens.begin - before, tile = panel / tile_tokens;
+        if (slots_.kept <= tile && tile < tiles_for(after) - slots_.turning)
+          return;  // of no use: its slot is another's
+        const index_t at = tile_index(b, g, tile);
         const index_t in_tile = panel % tile_tokens / panel_tokens;
         T* const to = tiles_ + at * elements_of_tile();
         T* const to_values = to + tile_panels * key_panel_elements<T>(head_dim_);
