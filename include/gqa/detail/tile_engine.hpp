@@ -243,11 +243,16 @@ class tile_engine {
     const index_t end = std::min(tiles.end, w.whole.end);
     if (i >= end) return i;
     w.all_seen = true;
-    kv_tile<P> now = tile(t.b(), t.g, i, nullptr);
-    for (; i < end; ++i) {
-      const kv_tile<P> next = i + 1 < tiles.end ? tile(t.b(), t.g, i + 1, nullptr) : now;
-      stream_tile(t, now, next, w, states);
-      now = next;
+    if constexpr (scattered) {
+      for (kv_tile<P> now = tile(t.b(), t.g, i, nullptr), next; i < end; ++i, now = next) {
+        next = i + 1 < tiles.end ? tile(t.b(), t.g, i + 1, nullptr) : now;
+        stream_tile(t, now, next, w, states);
+      }
+    } else {
+      for (; i < end; ++i) {
+        const kv_tile<P> now = tile(t.b(), t.g, i, nullptr);
+        stream_tile(t, now, now, w, states);
+      }
     }
     return i;
   }
@@ -515,7 +520,7 @@ class tile_engine {
     fetch_start(tile.v[0]);
     softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::values[rows](op);
-    fetch_start(next.k[0]);
+    fetch_start(scattered ? next.k[0] : tile.next);
   }
 
   /// Asks for the start of what is read next, so that memory stays busy while something else is computed. (More of it,
