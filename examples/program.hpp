@@ -7,8 +7,25 @@
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 namespace example {
+
+// Calls set(name, value) for each of a command line's options, "--name value", which says whether there is one of that
+// name. False if help was asked for.
+template <class Set>
+bool read_options(int argc, char** argv, const Set& set) {
+  for (int i = 1; i < argc; i += 2) {
+    const std::string_view name = argv[i];
+    if (name == "--help" || name == "-h") return false;
+    if (i + 1 == argc) throw std::invalid_argument(std::string(name) + ": unknown option, or its value is missing");
+    if (!set(name, std::string_view(argv[i + 1])))
+      throw std::invalid_argument(std::string(name) + ": unknown option; see --help");
+  }
+  return true;
+}
 
 // Runs run(options) with what parse(argc, argv) makes of the command line: nothing if help was asked for.
 template <class Parse, class Run>

@@ -66,11 +66,7 @@ struct options {
 std::optional<options> parse(int argc, char** argv) {
   constexpr index_t most = 1 << 30;
   options o;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view name = argv[i];
-    if (name == "--help" || name == "-h") return std::nullopt;
-    if (i + 1 == argc) throw std::invalid_argument(std::string(name) + ": unknown option, or its value is missing");
-    const std::string_view value = argv[++i];
+  const auto set = [&o](std::string_view name, std::string_view value) {
     if (name == "--capture") {
       o.capture = value;
     } else if (name == "--svg") {
@@ -96,9 +92,11 @@ std::optional<options> parse(int argc, char** argv) {
     } else if (name == "--threads") {
       o.threads = number(name, value, 1, 1024);
     } else {
-      throw std::invalid_argument(std::string(name) + ": unknown option; see --help");
+      return false;
     }
-  }
+    return true;
+  };
+  if (!example::read_options(argc, argv, set)) return std::nullopt;
   return o;
 }
 

@@ -11,6 +11,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/refusal.hpp"
 
 namespace gqa::test {
 namespace {
@@ -131,16 +132,6 @@ TEST(Combine, MixesInDouble) {
 }
 
 #ifndef GQA_NO_EXCEPTIONS
-template <class F>
-errc code_of(const F& call) {
-  try {
-    call();
-  } catch (const error& e) {
-    return e.code();
-  }
-  return errc::ok;
-}
-
 TEST(Combine, RefusesOverlapsAndWhatDoesNotFit) {
   const operands<float, float> in(whole);
   auto a = over_keys(in, 0, 90), b = over_keys(in, 50, 130), result = a;

@@ -10,6 +10,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/refusal.hpp"
 
 namespace gqa::test {
 namespace {
@@ -133,14 +134,6 @@ TEST(Diagnostics, RefuseWhatDoesNotFit) {
   const std::vector<float> lse(72);
   const tensor_view<const float, 3> lse_view(lse.data(), {2, 6, 6});
   std::vector<float> map(3 * 50);
-  const auto code_of = [](const auto& call) {
-    try {
-      call();
-    } catch (const error& e) {
-      return e.code();
-    }
-    return errc::ok;
-  };
   const auto mapped = [&](const map_range& range, std::array<index_t, 2> extents) {
     return code_of([&] {
       attention_map(in.q.view(), in.k.view(), lse_view, in.options, range, tensor_view<float, 2>(map.data(), extents));

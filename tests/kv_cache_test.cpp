@@ -17,6 +17,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/refusal.hpp"
 #include "support/rng.hpp"
 
 namespace gqa::test {
@@ -28,33 +29,6 @@ using cache = kv_cache<T>;
 static_assert(kv_source<cache>);
 
 const T not_a_number = std::numeric_limits<T>::quiet_NaN();
-
-// What f is refused with.
-struct refusal {
-  errc code = errc::ok;
-  std::string message;
-};
-
-refusal refusal_of(const auto& f) {
-#ifdef GQA_NO_EXCEPTIONS
-  static std::string message;
-  set_error_handler([](const error& e) { message = e.what(); });
-  static_cast<void>(take_last_error());
-  f();
-  return {take_last_error(), message};
-#else
-  try {
-    f();
-  } catch (const error& e) {
-    return {e.code(), e.what()};
-  }
-  return {};
-#endif
-}
-
-errc code_of(const auto& f) {
-  return refusal_of(f).code;
-}
 
 template <class U>
 bool same_bits(const U* a, const U* b, std::size_t count) {

@@ -17,6 +17,7 @@
 #include <gqa/gqa.hpp>
 
 #include "support/kernels.hpp"
+#include "support/refusal.hpp"
 #include "support/rng.hpp"
 
 namespace gqa::test {
@@ -238,16 +239,6 @@ TEST(PagedKvCache, HasTheBitsOfAKvCacheThroughAnyHistory) {
 }
 
 #ifndef GQA_NO_EXCEPTIONS
-template <class F>
-errc code_of(const F& f) {
-  try {
-    f();
-  } catch (const error& e) {
-    return e.code();
-  }
-  return errc::ok;
-}
-
 // Whatever needs a page when there is none changes nothing.
 TEST(PagedKvCache, RunsOutWithoutALoss) {
   context ctx;

@@ -11,6 +11,7 @@
 #include <gqa/gqa.hpp>
 
 #include "support/kernels.hpp"
+#include "support/refusal.hpp"
 #include "support/rng.hpp"
 
 namespace gqa::test {
@@ -174,16 +175,6 @@ TEST(RingKvCache, StartsAnew) {
 }
 
 #ifndef GQA_NO_EXCEPTIONS
-template <class F>
-errc code_of(const F& f) {
-  try {
-    f();
-  } catch (const error& e) {
-    return e.code();
-  }
-  return errc::ok;
-}
-
 TEST(RingKvCache, RefusesQueriesThatSeeWhatIsGone) {
   twins<float> c(2, 2, 1, 16, 16, 4, 100, 1000, 9);
   c.append(0, 700), c.append(1, 100);

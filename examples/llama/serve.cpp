@@ -63,11 +63,7 @@ struct options {
 // Nothing if help was asked for.
 std::optional<options> parse(int argc, char** argv) {
   options o;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view name = argv[i];
-    if (name == "--help" || name == "-h") return std::nullopt;
-    if (i + 1 == argc) throw std::invalid_argument(std::string(name) + ": unknown option, or its value is missing");
-    const std::string_view value = argv[++i];
+  const auto set = [&o](std::string_view name, std::string_view value) {
     if (name == "--model") {
       o.model = value;
     } else if (name == "--tokenizer") {
@@ -91,9 +87,11 @@ std::optional<options> parse(int argc, char** argv) {
     } else if (name == "--check") {
       o.check = number(name, value, 0, 1) == 1;
     } else {
-      throw std::invalid_argument(std::string(name) + ": unknown option; see --help");
+      return false;
     }
-  }
+    return true;
+  };
+  if (!example::read_options(argc, argv, set)) return std::nullopt;
   if (o.model.empty() || o.tokenizer.empty() || o.prompts.empty())
     throw std::invalid_argument("--model, --tokenizer and --prompts are needed; see --help");
   return o;

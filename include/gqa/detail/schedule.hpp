@@ -44,7 +44,7 @@ class scheduler {
 
  public:
   scheduler(const problem<A, L>& p, const Source& kv, const Variant& variant, context& ctx) noexcept
-      : problem_(p), kv_(kv), engine_(p, kv, variant), ctx_(ctx) {}
+      : problem_(p), kv_(kv), engine_(p, kv, variant), ctx_(ctx), largest_group_(p.largest_group()) {}
 
   void run() {
     if (!find_families()) return;
@@ -89,16 +89,18 @@ class scheduler {
     if constexpr (engine::has_pages) {
       if (!problem_.ragged.shares_prefixes) return true;
       const auto tasks = static_cast<index_t>(tasks_of_a_share) * (ctx_.concurrency() == 1 ? 0 : ctx_.concurrency());
-      families_.find(sequences_in_pages{*this, problem_.largest_group()}, ceil_div(tasks, problem_.shape.kv_heads));
+      families_.find(sequences_in_pages{*this}, ceil_div(tasks, problem_.shape.kv_heads));
     }
     return true;
   }
 
+  /// Rows of a sequence's largest group.
+  [[nodiscard]] index_t most_rows_of(index_t b) const noexcept { return problem_.q_len(b) * largest_group_; }
+
   /// What families are found by.
   struct sequences_in_pages {
     const scheduler& call;
-    index_t group;
-    [[nodiscard]] index_t rows(index_t b) const noexcept { return call.problem_.q_len(b) * group; }
+    [[nodiscard]] index_t rows(index_t b) const noexcept { return call.most_rows_of(b); }
     [[nodiscard]] key_tiles tiles(index_t b) const noexcept { return call.engine_.tiles_of(std::span(&b, 1)); }
     [[nodiscard]] index_t length(index_t b) const noexcept { return call.engine_.length(b); }
     [[nodiscard]] index_t page_size() const noexcept { return call.kv_.page_size(); }
@@ -112,10 +114,9 @@ class scheduler {
 
   [[nodiscard]] const call_plan* find_plan() {
     const call_shape& shape = problem_.shape;
-    const index_t group = problem_.largest_group();
     const auto rows_of = [&](index_t n) {
       index_t rows = 0;
-      for (const index_t b : families_[n].members) rows += problem_.q_len(b) * group;
+      for (const index_t b : families_[n].members) rows += most_rows_of(b);
       return rows;
     };
     index_t most_rows = 0;
@@ -139,12 +140,13 @@ class scheduler {
         const index_t b = f.members.front(), rows = rows_of(n);
         for (index_t first = 0; first < rows; first += row_tile_rows) {
           const index_t end = std::min(first + row_tile_rows, rows);
-          visits += engine_.tiles_of(b, first / group, (end - 1) / group).size() * std::max(end - first, least_rows);
+          visits += engine_.tiles_of(b, first / largest_group_, (end - 1) / largest_group_).size() *
+                    std::max(end - first, least_rows);
         }
         return visits;
       }
       for (std::size_t m = 0; m < f.members.size(); ++m) {
-        const index_t rows = problem_.q_len(f.members[m]) * group;
+        const index_t rows = most_rows_of(f.members[m]);
         const index_t tiles = engine_.tiles_of(f.members.subspan(m, 1)).size(), shared = std::min(f.shared[m], tiles);
         visits += shared * rows + (tiles - shared) * std::max(rows, least_rows);
       }
@@ -447,6 +449,7 @@ class scheduler {
   const Source& kv_;
   engine engine_;
   context& ctx_;
+  index_t largest_group_;  // query heads of a KV head
   families families_;
   const call_plan* plan_ = nullptr;
 

@@ -267,19 +267,23 @@ template <class T>
 template <class ElementOf>
 std::vector<T> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
                                    const ElementOf& element_of) const {
-  const auto refuse = [](const char* name, index_t count, index_t actual) {
-    raise(make_fault(errc::range, "%s: expected 0 to %lld, got %lld", name, printable(count - 1), printable(actual)));
-    return std::vector<T>{};
+  const auto find_fault = [&]() -> fault {
+    const auto find_within = [](const char* name, index_t count, index_t actual) -> fault {
+      if (0 <= actual && actual < count) return {};
+      return make_fault(errc::range, "%s: expected 0 to %lld, got %lld", name, printable(count - 1), printable(actual));
+    };
+    if (const auto f = find_within("sequence", batch_, sequence)) return f;
+    if (const auto f = find_within("position", lengths_[sequence], position)) return f;
+    if (const auto f = find_within("head", kv_heads_, head)) return f;
+    const key_range gone = gone_tiles(sequence);
+    if (position / tile_tokens < gone.begin || gone.end <= position / tile_tokens) return {};
+    return make_fault(errc::range, "position: expected one outside [%lld, %lld), which are gone, got %lld",
+                      printable(gone.begin * tile_tokens), printable(gone.end * tile_tokens), printable(position));
   };
-  if (!has_sequence(sequence)) return refuse("sequence", batch_, sequence);
-  if (position < 0 || position >= lengths_[sequence]) return refuse("position", lengths_[sequence], position);
-  if (head < 0 || head >= kv_heads_) return refuse("head", kv_heads_, head);
-  const key_range gone = gone_tiles(sequence);
-  if (gone.begin <= position / tile_tokens && position / tile_tokens < gone.end)
-    return raise(make_fault(errc::range, "position: expected one outside [%lld, %lld), which are gone, got %lld",
-                            printable(gone.begin * tile_tokens), printable(gone.end * tile_tokens),
-                            printable(position))),
-           std::vector<T>{};
+  if (const auto f = find_fault()) {
+    raise(f);
+    return {};
+  }
   const kv_tile<T> from = tile(sequence, head, position / tile_tokens, 0, nullptr);
   const auto panel = static_cast<std::size_t>(position % tile_tokens / panel_tokens);
   std::vector<T> elements(static_cast<std::size_t>(dim));
