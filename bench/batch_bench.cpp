@@ -230,7 +230,7 @@ void add_append(const char* dtype, const heads& h, index_t n, index_t keys, inde
       parts.push_back({cache.create(), 1, keys});
       tokens.append_to(cache, parts.back().sequence, keys);
     }
-    rows<T> all(h, parts);
+    rows<detail::read_element<T>> all(h, parts);
     samples of_step;
     all.attend(cache.layer(0), *w);
     for (auto _ : state) {
@@ -286,6 +286,7 @@ void add_all() {
     add_mixed<float>("f32", gqa, 512, 31, 4096, t);
     add_mixed<bfloat16>("bf16", gqa, 512, 31, 4096, t);
     add_append<bfloat16>("bf16", gqa, 32, 4096, 64, t);
+    add_append<q8>("q8", gqa, 32, 4096, 64, t);
     add_short(256, 64, t);
   }
 }

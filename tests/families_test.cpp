@@ -24,16 +24,17 @@ namespace {
 template <class T>
 void append_random(paged_kv_cache<T>& cache, sequence_id id, index_t tokens, index_t g, index_t d, index_t e,
                    rng& random, double strange = 0) {
-  std::vector<T> k, v;
-  for (index_t i = 0; i < tokens * g * d; ++i) k.push_back(static_cast<T>(static_cast<float>(random.normal())));
-  for (index_t i = 0; i < tokens * g * e; ++i) v.push_back(static_cast<T>(static_cast<float>(random.normal())));
+  using X = detail::read_element<T>;
+  std::vector<X> k, v;
+  for (index_t i = 0; i < tokens * g * d; ++i) k.push_back(static_cast<X>(static_cast<float>(random.normal())));
+  for (index_t i = 0; i < tokens * g * e; ++i) v.push_back(static_cast<X>(static_cast<float>(random.normal())));
   if (tokens > 0 && random.chance(strange)) {
     const float values[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()};
     v[static_cast<std::size_t>(random.between(0, static_cast<index_t>(v.size()) - 1))] =
-        static_cast<T>(values[random.between(0, 1)]);
+        static_cast<X>(values[random.between(0, 1)]);
   }
-  cache.append(id, tensor_view<const T, 3>(k.data(), {tokens, g, d}),
-               tensor_view<const T, 3>(v.data(), {tokens, g, e}));
+  cache.append(id, tensor_view<const X, 3>(k.data(), {tokens, g, d}),
+               tensor_view<const X, 3>(v.data(), {tokens, g, e}));
 }
 
 // Sequences without keys, in pages of a tile.
@@ -250,6 +251,7 @@ TEST(Families, HaveTheBitsOfSingleCalls) {
 TEST(Families, HaveTheBitsOfSingleCallsInOtherTypes) {
   expect_any_tree<double>(15, 3);
   expect_any_tree<Eigen::half>(15, 4);
+  expect_any_tree<q8>(40, 5);
 }
 
 // Drafts whose last keys lie in tiles that others read without a mask.

@@ -175,7 +175,7 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
   EXPECT_EQ(run_llama(of_model("--steps 200 --attention grouped")).out, expected);
 }
 
-// Keys and values in 16 bits: nearly the same loss, and not by ignoring the option.
+// Keys and values in 16 and 8 bits: nearly the same loss, and not by ignoring the option.
 TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   GQA_NEED_TEST_DATA();
   const auto loss_of = [](const std::string& type) {
@@ -186,11 +186,13 @@ TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   };
   const double exact = loss_of("");
   EXPECT_EQ(loss_of("f32"), exact);
-  const double half = loss_of("f16"), bfloat16 = loss_of("bf16");
+  const double half = loss_of("f16"), bfloat16 = loss_of("bf16"), eight_bits = loss_of("q8");
   EXPECT_NE(half, exact);
   EXPECT_NE(bfloat16, exact);
   EXPECT_NEAR(half, exact, 1e-4);  // an eighth of bfloat16's
   EXPECT_NEAR(bfloat16, exact, 1e-3);
+  EXPECT_NE(eight_bits, exact);
+  EXPECT_NEAR(eight_bits, exact, 1e-3);
   EXPECT_EQ(run_llama(of_model("--kv-type f16 --attention grouped")).exit_code, 2);
 }
 

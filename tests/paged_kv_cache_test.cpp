@@ -30,13 +30,17 @@ struct geometry {
 // What a sequence should hold: keys and values of its tokens, [layers][tokens * heads * dim].
 template <class T>
 struct model_sequence {
-  std::vector<std::vector<T>> k, v;
+  using X = detail::read_element<T>;  // of rows, and of queries
+
+  std::vector<std::vector<X>> k, v;
   index_t length = 0;
 };
 
 // A cache and the model of it.
 template <class T>
 struct history {
+  using X = detail::read_element<T>;
+
   geometry of;
   paged_kv_cache<T> cache;
   std::vector<std::optional<model_sequence<T>>> model;  // by number
@@ -45,19 +49,19 @@ struct history {
   history(const geometry& g, index_t pages, index_t page_size, std::uint64_t seed)
       : of(g), cache(g.layers, pages, page_size, g.kv_heads, g.dim, g.value_dim), random(seed) {}
 
-  std::vector<T> tokens(index_t count, index_t dim) {
-    std::vector<T> x;
+  std::vector<X> tokens(index_t count, index_t dim) {
+    std::vector<X> x;
     for (index_t i = 0; i < count * of.kv_heads * dim; ++i)
-      x.push_back(static_cast<T>(static_cast<float>(random.normal())));
+      x.push_back(static_cast<X>(static_cast<float>(random.normal())));
     return x;
   }
   // Values, of which few are NaN or infinite.
-  std::vector<T> values(index_t count) {
-    std::vector<T> x = tokens(count, of.value_dim);
+  std::vector<X> values(index_t count) {
+    std::vector<X> x = tokens(count, of.value_dim);
     if (count > 0 && random.chance(0.05)) {
       const auto infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
       x[static_cast<std::size_t>(random.between(0, static_cast<index_t>(x.size()) - 1))] =
-          static_cast<T>(random.chance(0.5) ? infinity : nan);
+          static_cast<X>(random.chance(0.5) ? infinity : nan);
     }
     return x;
   }
@@ -101,9 +105,9 @@ struct history {
     }
     s.length += count;
   }
-  void write(index_t layer, sequence_id id, index_t position, const T* k, const T* v, index_t count) {
-    cache.write(layer, id, position, tensor_view<const T, 3>(k, {count, of.kv_heads, of.dim}),
-                tensor_view<const T, 3>(v, {count, of.kv_heads, of.value_dim}));
+  void write(index_t layer, sequence_id id, index_t position, const X* k, const X* v, index_t count) {
+    cache.write(layer, id, position, tensor_view<const X, 3>(k, {count, of.kv_heads, of.dim}),
+                tensor_view<const X, 3>(v, {count, of.kv_heads, of.value_dim}));
   }
   // Tokens that there are, anew.
   void rewrite(sequence_id id, index_t position, index_t count) {
@@ -146,7 +150,7 @@ struct history {
   void expect_bits(index_t layer, context& ctx) {
     std::vector<sequence_id> sequences;
     std::vector<index_t> offsets{0};
-    std::vector<T> q;
+    std::vector<X> q;
     for (const index_t n : living()) {
       if (random.chance(0.4)) continue;
       const index_t length = model[static_cast<std::size_t>(n)]->length;
@@ -156,26 +160,26 @@ struct history {
     }
     const index_t total = offsets.back();
     for (index_t i = 0; i < total * of.heads * of.dim; ++i)
-      q.push_back(static_cast<T>(static_cast<float>(random.normal())));
-    std::vector<T> out(static_cast<std::size_t>(total * of.heads * of.value_dim), static_cast<T>(9.0f));
+      q.push_back(static_cast<X>(static_cast<float>(random.normal())));
+    std::vector<X> out(static_cast<std::size_t>(total * of.heads * of.value_dim), static_cast<X>(9.0f));
     batch_options options;
     options.common.causal = true;
-    batch_attention(tensor_view<const T, 3>(q.data(), {total, of.heads, of.dim}), offsets, cache.layer(layer),
-                    sequences, tensor_view<T, 3>(out.data(), {total, of.heads, of.value_dim}), options, ctx);
+    batch_attention(tensor_view<const X, 3>(q.data(), {total, of.heads, of.dim}), offsets, cache.layer(layer),
+                    sequences, tensor_view<X, 3>(out.data(), {total, of.heads, of.value_dim}), options, ctx);
     for (std::size_t i = 0; i < sequences.size(); ++i) {
       const model_sequence<T>& s = at(sequences[i]);
       const index_t queries = offsets[i + 1] - offsets[i];
       kv_cache<T> alone(1, of.kv_heads, s.length, of.dim, of.value_dim);
       alone.append(
-          tensor_view<const T, 4>(s.k[static_cast<std::size_t>(layer)].data(), {1, s.length, of.kv_heads, of.dim}),
-          tensor_view<const T, 4>(s.v[static_cast<std::size_t>(layer)].data(),
+          tensor_view<const X, 4>(s.k[static_cast<std::size_t>(layer)].data(), {1, s.length, of.kv_heads, of.dim}),
+          tensor_view<const X, 4>(s.v[static_cast<std::size_t>(layer)].data(),
                                   {1, s.length, of.kv_heads, of.value_dim}));
-      std::vector<T> expected(static_cast<std::size_t>(queries * of.heads * of.value_dim));
-      attention(tensor_view<const T, 4>(q.data() + offsets[i] * of.heads * of.dim, {1, queries, of.heads, of.dim}),
+      std::vector<X> expected(static_cast<std::size_t>(queries * of.heads * of.value_dim));
+      attention(tensor_view<const X, 4>(q.data() + offsets[i] * of.heads * of.dim, {1, queries, of.heads, of.dim}),
                 alone, view(expected.data(), {1, queries, of.heads, of.value_dim}), {.causal = true}, ctx);
       if (queries == 0) continue;
       for (std::size_t n = 0; n < expected.size(); ++n) {
-        const T x = expected[n], actual = out[static_cast<std::size_t>(offsets[i] * of.heads * of.value_dim) + n];
+        const X x = expected[n], actual = out[static_cast<std::size_t>(offsets[i] * of.heads * of.value_dim) + n];
         const bool is_nan = std::isnan(static_cast<double>(x));
         ASSERT_TRUE(is_nan ? std::isnan(static_cast<double>(actual)) : std::memcmp(&actual, &x, sizeof x) == 0)
             << "sequence " << static_cast<index_t>(sequences[i]) << " of " << s.length << ", " << queries
@@ -236,6 +240,11 @@ TEST(PagedKvCache, HasTheBitsOfAKvCacheThroughAnyHistory) {
   }
   expect_any_history<double>({1, 2, 2, 8, 8}, 16, 300, ++seed);
   expect_any_history<Eigen::half>({1, 4, 1, 16, 16}, 64, 300, ++seed);
+}
+TEST(PagedKvCache, HasTheBitsOfAKvCacheInEightBits) {
+  expect_any_history<q8>({2, 4, 2, 24, 40}, 16, 500, 20);
+  expect_any_history<q8>({1, 6, 2, 33, 17}, 48, 500, 21);
+  expect_any_history<q8>({1, 8, 1, 64, 100}, 64, 500, 22);
 }
 
 #ifndef GQA_NO_EXCEPTIONS

@@ -27,6 +27,8 @@ std::vector<T> random_rows(index_t count, rng& random) {
 // A ring and a kv_cache with the same tokens.
 template <class T>
 struct twins {
+  using X = detail::read_element<T>;  // of rows, and of queries
+
   index_t batch, heads, kv_heads, dim, value_dim, sinks, window;
   ring_kv_cache<T> ring;
   kv_cache<T> all;
@@ -46,9 +48,9 @@ struct twins {
         random(seed) {}
 
   void append(index_t sequence, index_t tokens) {
-    const auto k = random_rows<T>(tokens * kv_heads * dim, random);
-    auto v = random_rows<T>(tokens * kv_heads * value_dim, random);
-    if (tokens > 0 && random.chance(0.02)) v[0] = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
+    const auto k = random_rows<X>(tokens * kv_heads * dim, random);
+    auto v = random_rows<X>(tokens * kv_heads * value_dim, random);
+    if (tokens > 0 && random.chance(0.02)) v[0] = static_cast<X>(std::numeric_limits<float>::quiet_NaN());
     const auto keys = view(k.data(), {1, tokens, kv_heads, dim});
     const auto values = view(v.data(), {1, tokens, kv_heads, value_dim});
     ring.append(sequence, keys, values), all.append(sequence, keys, values);
@@ -56,12 +58,12 @@ struct twins {
   // The last q_len queries of every sequence over both.
   template <class... Variant>
   void expect_same(index_t q_len, const attention_options& options, context& ctx, const Variant&... variant) {
-    const auto q = random_rows<T>(batch * q_len * heads * dim, random);
-    std::vector<T> from_ring(static_cast<std::size_t>(batch * q_len * heads * value_dim)), expected(from_ring.size());
+    const auto q = random_rows<X>(batch * q_len * heads * dim, random);
+    std::vector<X> from_ring(static_cast<std::size_t>(batch * q_len * heads * value_dim)), expected(from_ring.size());
     const auto queries = view(q.data(), {batch, q_len, heads, dim});
     attention(queries, ring, view(from_ring.data(), {batch, q_len, heads, value_dim}), options, variant..., ctx);
     attention(queries, all, view(expected.data(), {batch, q_len, heads, value_dim}), options, variant..., ctx);
-    ASSERT_EQ(std::memcmp(from_ring.data(), expected.data(), expected.size() * sizeof(T)), 0)
+    ASSERT_EQ(std::memcmp(from_ring.data(), expected.data(), expected.size() * sizeof(X)), 0)
         << q_len << " queries, " << ring.length(0) << " tokens, sinks " << sinks << ", window " << window;
   }
 };
@@ -100,6 +102,7 @@ TEST(RingKvCache, HasTheBitsOfAKvCache) {
 TEST(RingKvCache, HasTheBitsOfAKvCacheInOtherTypes) {
   expect_any_stream<double>(3, 1200, 3);
   expect_any_stream<Eigen::half>(3, 1200, 4);
+  expect_any_stream<q8>(6, 1200, 5);
 }
 
 // Before anything is gone, any options: the ring is a kv_cache.

@@ -49,7 +49,7 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
                       which gqa_tuner finds options for grouped attention
   --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
                       groups of queries, in prefill
-  --kv-type TYPE      what keys and values are stored in: f32 (default), f16 or bf16
+  --kv-type TYPE      what keys and values are stored in: f32 (default), f16, bf16 or q8
   --window N          near keys (default 256)
   --block N           grouped: queries grouped at a time (default 256)
   --groups N          grouped: of a block's queries of a KV head (default: one for 32)
@@ -81,7 +81,8 @@ llama::kv_type kv_type(std::string_view text) {
   if (text == "f32") return llama::kv_type::f32;
   if (text == "f16") return llama::kv_type::f16;
   if (text == "bf16") return llama::kv_type::bf16;
-  throw std::invalid_argument("--kv-type: not f32, f16 or bf16: '" + std::string(text) + "'");
+  if (text == "q8") return llama::kv_type::q8;
+  throw std::invalid_argument("--kv-type: not f32, f16, bf16 or q8: '" + std::string(text) + "'");
 }
 
 // Nothing if help was asked for.

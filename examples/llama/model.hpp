@@ -22,7 +22,7 @@ namespace llama {
 // are enough queries at once to make groups. Local: only the `window` newest keys.
 enum class attention_kind { exact, grouped, local };
 // What keys and values are stored in.
-enum class kv_type { f32, f16, bf16 };
+enum class kv_type { f32, f16, bf16, q8 };
 struct attention_choice {
   attention_kind kind = attention_kind::exact;
   kv_type stored = kv_type::f32;
@@ -44,6 +44,7 @@ class model {
     attention_.grouped.attention.causal = true;
     if (attention_.stored == kv_type::f16) caches_.emplace<caches_of<Eigen::half>>();
     if (attention_.stored == kv_type::bf16) caches_.emplace<caches_of<Eigen::bfloat16>>();
+    if (attention_.stored == kv_type::q8) caches_.emplace<caches_of<gqa::q8>>();
     std::visit(
         [&](auto& caches) {
           for (int l = 0; l < sizes_.layers; ++l) caches.emplace_back(1, sizes_.kv_heads, positions, sizes_.head_dim());
@@ -111,7 +112,7 @@ class model {
   attention_choice attention_;
   example::capture* capture_ = nullptr;
   transformer transformer_;
-  std::variant<caches_of<float>, caches_of<Eigen::half>, caches_of<Eigen::bfloat16>> caches_;
+  std::variant<caches_of<float>, caches_of<Eigen::half>, caches_of<Eigen::bfloat16>, caches_of<gqa::q8>> caches_;
   int length_ = 0;
   double attention_seconds_ = 0;
 };

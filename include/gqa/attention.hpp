@@ -29,6 +29,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/schedule.hpp>
 #include <gqa/error.hpp>
@@ -62,13 +63,16 @@ template <class Out>
 }
 
 template <class Q, class Stored>
-concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float>&& sixteen_bit_float<Stored>);
+concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float>&& sixteen_bit_float<Stored>) ||
+                            (std::is_same_v<Stored, q8> && storable<Q> && !std::is_same_v<Q, double>);
 
 /// The dtype rules of the door, one message each.
 template <class Q, class Source, class Out>
 constexpr void require_dtypes() noexcept {
   using stored = typename Source::element;
-  static_assert(query_element_for<Q, stored>, "gqa: q must have the element type of k, or be float over 16-bit keys");
+  static_assert(query_element_for<Q, stored>,
+                "gqa: q must have the element type of k, or be float over 16-bit keys, or of any type but double over "
+                "8-bit ones");
   static_assert(std::is_same_v<Out, float> || std::is_same_v<Out, double> || std::is_same_v<Out, Q>,
                 "gqa: out must be float, double or have the element type of q");
 }
@@ -210,12 +214,17 @@ template <class Q, class Source, class Out, class Variant>
 void attend_checked(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
                     const attention_options& options, const ragged_rows& ragged, const Variant& variant, context& ctx) {
   using panel_element = typename Source::panel_element;
+  constexpr bool is_q8 = std::is_same_v<panel_element, q8>;
   if (output_view(out_or_state).size() == 0) return;
   if constexpr (has_dot<panel_element>) {
-    if (!options.float_products.value_or(std::is_same_v<Q, float>))
+    if (!options.float_products.value_or(std::is_same_v<Q, float> && !is_q8))
       return attend_in<panel_element>(q, kv, out_or_state, options, ragged, variant, ctx);
   }
-  attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, ragged, variant, ctx);
+  if constexpr (is_q8) {
+    attend_in<float>(q, decoded_kv(kv), out_or_state, options, ragged, variant, ctx);
+  } else {
+    attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, ragged, variant, ctx);
+  }
 }
 
 /// The one way in.

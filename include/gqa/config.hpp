@@ -24,8 +24,12 @@
 // linker would keep one at random. Types shared across such units (views, options, context) stay outside.
 #if defined(EIGEN_DONT_VECTORIZE)
 #define GQA_ISA isa_scalar
+#elif defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define GQA_ISA isa_avx512_bf16_vnni
 #elif defined(__AVX512F__) && defined(__AVX512BF16__)
 #define GQA_ISA isa_avx512_bf16
+#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define GQA_ISA isa_avx512_vnni
 #elif defined(__AVX512F__) && defined(__AVX512DQ__)
 #define GQA_ISA isa_avx512
 #elif defined(__AVX512F__)

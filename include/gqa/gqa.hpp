@@ -24,6 +24,7 @@
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
 #include <gqa/paged_kv_cache.hpp>    // paged_kv_cache: one pool of pages for all layers, forks that share them
 #include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables
+#include <gqa/quantization.hpp>      // q8 for caches: 8 bits an element, and error_bound() of attention over them
 #include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance
 #include <gqa/query_groups.hpp>      // query_groups, grouping_options
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline

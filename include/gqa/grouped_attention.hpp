@@ -16,6 +16,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/grouped_runner.hpp>
 #include <gqa/error.hpp>
 #include <gqa/grouped_options.hpp>
@@ -80,7 +81,8 @@ void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& o
         make_fault(errc::range, "options.attention.query_offset: expected positions below 2^60 for all queries"));
   if (report != nullptr) report->blocks.clear();
   if (output_view(out).size() == 0) return;
-  grouped_runner<Q, KV, Out>(q, kv, out, options, report, ctx).run();
+  const auto& elements = as_elements(kv);
+  grouped_runner<Q, std::remove_cvref_t<decltype(elements)>, Out>(q, elements, out, options, report, ctx).run();
 }
 
 }  // namespace GQA_ISA

@@ -20,6 +20,7 @@
 #include <gqa/detail/alibi_terms.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/group_attender.hpp>
 #include <gqa/detail/problem.hpp>
@@ -167,7 +168,7 @@ void groupwise_attention(Q&& q, const KV& kv, std::span<const query_groups<A>> g
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
   detail::require_dtypes<element, KV, T>();
-  detail::attend_groupwise(queries, kv, groups, out, scores, options, ctx);
+  detail::attend_groupwise(queries, detail::as_elements(kv), groups, out, scores, options, ctx);
 }
 
 /// The same over plain keys k [B, T, G, D] and values v [B, T, G, E].

@@ -125,7 +125,7 @@ class dense_kv {
     if (visit.heads > 1 && visit.heads == kv_heads() && head == dim && token == kv_heads() * dim)
       return {(group * token + (group - 1) * g * dim) * size, dim * size};
     if (visit.query_rows < detail::rows_that_read_ahead) return {};
-    const index_t groups = detail::ceil_div(detail::read_ahead_bytes, visit.heads * group * dim * size);
+    const index_t groups = detail::ceil_div(detail::read_ahead_bytes<T>, visit.heads * group * dim * size);
     return {groups * group * token * size, token * size};
   }
 

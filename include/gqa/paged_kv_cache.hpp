@@ -23,6 +23,7 @@
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/page_pool.hpp>
+#include <gqa/detail/q8.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
@@ -72,7 +73,7 @@ class paged_layer {
 /// alone. \tparam T  float, double, Eigen::half or Eigen::bfloat16
 template <class T>
 class paged_kv_cache {
-  static_assert(detail::storable<T>, "gqa: a paged_kv_cache holds float, double, half or bfloat16");
+  static_assert(detail::cacheable<T>, "gqa: a paged_kv_cache holds float, double, half, bfloat16 or q8");
 
  public:
   using element = T;
@@ -172,7 +173,7 @@ class paged_kv_cache {
   // Where things lie in a page.
   [[nodiscard]] index_t panels() const noexcept { return page_size_ / detail::panel_tokens; }
   [[nodiscard]] index_t key_elements() const noexcept { return detail::key_panel_elements<T>(head_dim_); }
-  [[nodiscard]] index_t value_elements() const noexcept { return detail::value_panel_elements(value_dim_); }
+  [[nodiscard]] index_t value_elements() const noexcept { return detail::value_panel_elements<T>(value_dim_); }
   [[nodiscard]] index_t head_elements() const noexcept { return panels() * (key_elements() + value_elements()); }
   /// A panel of 16 tokens of one head.
   struct panel {

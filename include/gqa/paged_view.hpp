@@ -148,7 +148,7 @@ detail::kv_tile<typename paged_view<T>::panel_element> paged_view<T>::tile(index
     const index_t first = i * detail::tile_tokens + panel * panel_tokens;
     const index_t count = std::clamp<index_t>(tokens - panel * panel_tokens, 0, panel_tokens);
     P* const to_keys = scratch + panel * detail::key_panel_elements<P>(head_dim());
-    P* const to_values = values + panel * detail::value_panel_elements(value_dim());
+    P* const to_values = values + panel * detail::value_panel_elements<P>(value_dim());
     // The pieces of a panel that lie in one page each; of an empty one a piece of no tokens, which clears it.
     for (index_t done = 0; done < std::max<index_t>(count, 1);) {
       const place at = count == 0 ? place{0, 0} : place_of(b, first + done);

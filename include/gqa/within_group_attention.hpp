@@ -20,6 +20,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/part_of_source.hpp>
@@ -177,9 +178,10 @@ void within_group_attention(Q&& q, const KV& kv, std::span<const query_groups<A>
   const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
   detail::require_dtypes<element, KV, typename decltype(detail::output_view(out))::value_type>();
   if constexpr (detail::output_state<Out>) {
-    detail::attend_within_groups(queries, kv, groups, out, options, ctx);
+    detail::attend_within_groups(queries, detail::as_elements(kv), groups, out, options, ctx);
   } else {
-    detail::attend_within_groups(queries, kv, groups, detail::as_view(std::forward<Out>(out)), options, ctx);
+    detail::attend_within_groups(queries, detail::as_elements(kv), groups, detail::as_view(std::forward<Out>(out)),
+                                 options, ctx);
   }
 }
 

@@ -33,6 +33,13 @@
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 6) \
   GQA_TEST_STREAM_KERNELS(P, L, 7)     \
   GQA_TEST_STREAM_KERNELS(P, L, 8)
+// 8 bits.
+#define GQA_TEST_Q8_KERNELS(rows, how)                                                  \
+  GQA_TEST_KERNEL void score_q8_block<rows, reading::how>(const q8_operands&) noexcept; \
+  GQA_TEST_KERNEL void value_q8_block<rows, reading::how>(const q8_operands&) noexcept;
+#define GQA_TEST_Q8_STREAM_KERNELS(rows) \
+  GQA_TEST_Q8_KERNELS(rows, in_order)    \
+  GQA_TEST_Q8_KERNELS(rows, scattered)
 // NOLINTEND(bugprone-macro-parentheses)
 
 namespace gqa::detail {
@@ -45,10 +52,28 @@ GQA_TEST_KERNELS(Eigen::bfloat16, float, float)
 #if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
 GQA_TEST_KERNELS(Eigen::bfloat16, Eigen::bfloat16, float)
 #endif
+#if GQA_VNNI
+GQA_TEST_Q8_KERNELS(1, blocks)
+GQA_TEST_Q8_KERNELS(2, blocks)
+GQA_TEST_Q8_KERNELS(3, blocks)
+GQA_TEST_Q8_KERNELS(4, blocks)
+GQA_TEST_Q8_KERNELS(5, blocks)
+GQA_TEST_Q8_KERNELS(6, blocks)
+GQA_TEST_Q8_STREAM_KERNELS(1)
+GQA_TEST_Q8_STREAM_KERNELS(2)
+GQA_TEST_Q8_STREAM_KERNELS(3)
+GQA_TEST_Q8_STREAM_KERNELS(4)
+GQA_TEST_Q8_STREAM_KERNELS(5)
+GQA_TEST_Q8_STREAM_KERNELS(6)
+GQA_TEST_Q8_STREAM_KERNELS(7)
+GQA_TEST_Q8_STREAM_KERNELS(8)
+#endif
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
 
+#undef GQA_TEST_Q8_STREAM_KERNELS
+#undef GQA_TEST_Q8_KERNELS
 #undef GQA_TEST_KERNELS
 #undef GQA_TEST_KERNELS_OF_ROWS
 #undef GQA_TEST_STREAM_KERNELS

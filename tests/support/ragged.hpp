@@ -21,12 +21,14 @@ namespace gqa::test {
 // each, are a batch.
 template <class T>
 struct ragged_case {
+  using X = detail::read_element<T>;  // of rows, and of queries
+
   index_t heads, kv_heads, dim, value_dim;
   std::vector<index_t> lengths;  // of all sequences
-  tensor<T> k, v;
+  tensor<X> k, v;
   std::vector<sequence_id> sequences;
   std::vector<index_t> offsets{0};
-  std::vector<T> q;
+  std::vector<X> q;
 
   ragged_case(index_t h, index_t g, index_t d, index_t e, const std::vector<index_t>& of_sequences, rng& random)
       : heads(h),
@@ -36,25 +38,25 @@ struct ragged_case {
         lengths(of_sequences),
         k({count(), longest(), g, d}, layout::bshd),
         v({count(), longest(), g, e}, layout::bshd) {
-    for (tensor<T>* x : {&k, &v})
-      for (T& y : x->data()) y = static_cast<T>(static_cast<float>(random.normal()));
+    for (tensor<X>* x : {&k, &v})
+      for (X& y : x->data()) y = static_cast<X>(static_cast<float>(random.normal()));
   }
   void add(index_t sequence, index_t queries, rng& random) {
     sequences.push_back(static_cast<sequence_id>(sequence));
     offsets.push_back(offsets.back() + queries);
     for (index_t i = 0; i < queries * heads * dim; ++i)
-      q.push_back(static_cast<T>(static_cast<float>(random.normal())));
+      q.push_back(static_cast<X>(static_cast<float>(random.normal())));
   }
   index_t count() const { return static_cast<index_t>(lengths.size()); }
   index_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
   index_t total() const { return offsets.back(); }
   index_t queries(std::size_t n) const { return offsets[n + 1] - offsets[n]; }
   index_t length(std::size_t n) const { return lengths[static_cast<std::size_t>(sequences[n])]; }
-  tensor_view<const T, 3> rows() const { return {q.data(), {total(), heads, dim}}; }
-  tensor_view<const T, 4> rows_of(std::size_t n) const {
+  tensor_view<const X, 3> rows() const { return {q.data(), {total(), heads, dim}}; }
+  tensor_view<const X, 4> rows_of(std::size_t n) const {
     return {q.data() + offsets[n] * heads * dim, {1, queries(n), heads, dim}};
   }
-  auto of_sequence(const tensor<T>& x, std::size_t n) const {
+  auto of_sequence(const tensor<X>& x, std::size_t n) const {
     return slice(slice(x.view(), 0, static_cast<index_t>(sequences[n]), 1), 1, 0, length(n));
   }
   kv_cache<T> cache() const {
@@ -80,15 +82,16 @@ struct rows_result {
 template <class T, class KV>
 void expect_single_calls(const ragged_case<T>& c, const KV& kv, const batch_options& options, context& ctx,
                          const std::string& what) {
-  rows_result<T> batch(c.total(), c.heads, c.value_dim);
-  const partial_state<T> state{tensor_view<T, 4>(batch.out.data(), {1, c.total(), c.heads, c.value_dim}),
-                               tensor_view<accumulator_t<T>, 3>(batch.lse.data(), {1, c.total(), c.heads})};
+  using X = detail::read_element<T>;
+  rows_result<X> batch(c.total(), c.heads, c.value_dim);
+  const partial_state<X> state{tensor_view<X, 4>(batch.out.data(), {1, c.total(), c.heads, c.value_dim}),
+                               tensor_view<accumulator_t<X>, 3>(batch.lse.data(), {1, c.total(), c.heads})};
   batch_attention(c.rows(), c.offsets, kv, c.sequences, state, options, ctx);
-  std::vector<T> plain(batch.out.size(), static_cast<T>(8.0f));
+  std::vector<X> plain(batch.out.size(), static_cast<X>(8.0f));
   batch_attention(c.rows(), c.offsets, kv, c.sequences,
-                  tensor_view<T, 3>(plain.data(), {c.total(), c.heads, c.value_dim}), options, ctx);
+                  tensor_view<X, 3>(plain.data(), {c.total(), c.heads, c.value_dim}), options, ctx);
   if (c.total() > 0) {
-    EXPECT_EQ(std::memcmp(plain.data(), batch.out.data(), plain.size() * sizeof(T)), 0) << what;
+    EXPECT_EQ(std::memcmp(plain.data(), batch.out.data(), plain.size() * sizeof(X)), 0) << what;
   }
   for (std::size_t n = 0; n < c.sequences.size(); ++n) {
     attention_options one = options.common;
@@ -105,15 +108,15 @@ void expect_single_calls(const ragged_case<T>& c, const KV& kv, const batch_opti
           seen[static_cast<std::size_t>(i * keys + length - queries + j)] = options.masks[n](i, j);
       one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, queries, keys});
     }
-    rows_result<T> expected(queries, c.heads, c.value_dim);
-    const partial_state<T> to{tensor_view<T, 4>(expected.out.data(), {1, queries, c.heads, c.value_dim}),
-                              tensor_view<accumulator_t<T>, 3>(expected.lse.data(), {1, queries, c.heads})};
+    rows_result<X> expected(queries, c.heads, c.value_dim);
+    const partial_state<X> to{tensor_view<X, 4>(expected.out.data(), {1, queries, c.heads, c.value_dim}),
+                              tensor_view<accumulator_t<X>, 3>(expected.lse.data(), {1, queries, c.heads})};
     context alone;
     const detail::part_of_source<KV> own(kv, static_cast<index_t>(c.sequences[n]), 0, c.kv_heads, keys);
     attention(c.rows_of(n), own, to, one, alone);
     const index_t first = c.offsets[n] * c.heads;
     if (queries == 0) continue;
-    ASSERT_EQ(std::memcmp(batch.out.data() + first * c.value_dim, expected.out.data(), expected.out.size() * sizeof(T)),
+    ASSERT_EQ(std::memcmp(batch.out.data() + first * c.value_dim, expected.out.data(), expected.out.size() * sizeof(X)),
               0)
         << what << ", sequence " << n << " of " << queries << " queries over " << keys;
     ASSERT_EQ(std::memcmp(batch.lse.data() + first, expected.lse.data(), expected.lse.size() * sizeof(batch.lse[0])), 0)

@@ -17,6 +17,8 @@
 
 #include <gqa/config.hpp>
 
+#include "real_layers.hpp"
+
 // Skips the test, saying so, where there is no data.
 #define GQA_NEED_TEST_DATA() \
   if (::gqa::test::test_data_folder().empty()) GTEST_SKIP() << "GQA_TEST_DATA is not set"
@@ -74,36 +76,10 @@ inline std::string json_string(const std::string& json, const std::string& key) 
   return text;
 }
 
-// Queries, keys and values of a layer of a trained model (after RoPE), dense [positions, heads, dim], and its causal
-// output, in double.
-struct real_layer {
-  index_t positions, q_heads, kv_heads, dim;
-  std::vector<float> q, k, v;
-  std::vector<double> out;
-};
+// The stored activations.
 inline std::vector<real_layer> read_real_layers() {
-  std::ifstream file(test_data_folder() + "/models/stories260K_attn512.bin", std::ios::binary);
-  char magic[8];
-  std::int32_t header[5]{};  // layers, positions, query heads, KV heads, head dim
-  file.read(magic, sizeof magic);
-  file.read(reinterpret_cast<char*>(header), sizeof header);
-  std::vector<real_layer> layers;
-  if (!file || std::memcmp(magic, "ATTNREF1", 8) != 0) {
-    ADD_FAILURE() << "no activations in the test data";
-    return layers;
-  }
-  for (int i = 0; i < header[0]; ++i) {
-    real_layer layer{header[1], header[2], header[3], header[4], {}, {}, {}, {}};
-    const auto read = [&](auto& values, index_t heads) {
-      values.resize(static_cast<std::size_t>(layer.positions * heads * layer.dim));
-      file.read(reinterpret_cast<char*>(values.data()),
-                static_cast<std::streamsize>(values.size() * sizeof(values[0])));
-    };
-    read(layer.q, layer.q_heads), read(layer.k, layer.kv_heads), read(layer.v, layer.kv_heads);
-    read(layer.out, layer.q_heads);
-    EXPECT_TRUE(file);
-    layers.push_back(std::move(layer));
-  }
+  std::vector<real_layer> layers = read_real_layers(test_data_folder() + "/models/stories260K_attn512.bin");
+  if (layers.empty()) ADD_FAILURE() << "no activations in the test data";
   return layers;
 }
 

@@ -50,8 +50,8 @@ struct raw_states {
 /// Turns 64 base-2 scores of one row, all hidden ones -inf, into weights 2^(s - m - 8), rounded to L; s and weights may
 /// be the same memory. Updates the row's m and, where there are any, its lanes; returns the factor alpha <= 1 on
 /// everything summed so far.
-template <class A, class L>
-[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, L* weights /* [64] */, A& max,
+template <class L, class A>
+[[nodiscard]] GQA_INLINE A softmax_step(const A* s /* [64] */, weight_element<L>* weights /* [64] */, A& max,
                                         A* lanes /* [packet_size] */) noexcept {
   constexpr int width = packet_size<A>;
   constexpr int vectors = static_cast<int>(tile_tokens) / width;
@@ -67,8 +67,18 @@ template <class A, class L>
   }
   // Scores that are all -inf leave m = -inf; shifting by 0 then gives weights 0, and NaN for NaN, without a branch.
   const packet<A> shift = broadcast(max == minus_infinity<A> ? A{0} : max);
-  const auto weight = [&](int v) { return exp2_packet<A, L, headroom>(sub(load(s + v * width), shift)); };
-  if constexpr (sums_in_lanes<L>) {
+  const auto weight = [&](int v) {
+    return exp2_packet<A, weight_element<L>, headroom>(sub(load(s + v * width), shift));
+  };
+  if constexpr (std::is_same_v<L, q8>) {
+    packet<A> sum = zeros<A>();
+    for (int v = 0; v < vectors; ++v) {
+      const packet<A> some = weight(v);
+      store(weights + v * width, some);
+      sum = add(sum, some);
+    }
+    store(lanes, madd(load(lanes), broadcast(alpha), sum));
+  } else if constexpr (sums_in_lanes<L>) {
     packet<A> sum = zeros<A>();
     for (int v = 0; v < vectors; v += 2) sum = store_rounded(weights + v * width, weight(v), weight(v + 1), sum);
     store(lanes, madd(load(lanes), broadcast(alpha), sum));
@@ -79,10 +89,10 @@ template <class A, class L>
 }
 
 /// The same for several rows, which keep the constants of the exponential in registers.
-template <class A, class L>
-void softmax_steps(index_t rows, const A* s, L* weights, A* max, A* lanes, A* alpha) noexcept {
+template <class L, class A>
+void softmax_steps(index_t rows, const A* s, weight_element<L>* weights, A* max, A* lanes, A* alpha) noexcept {
   for (index_t r = 0; r < rows; ++r)
-    alpha[r] = softmax_step(s + r * tile_tokens, weights + r * tile_tokens, max[r], lanes + r * packet_size<A>);
+    alpha[r] = softmax_step<L>(s + r * tile_tokens, weights + r * tile_tokens, max[r], lanes + r * packet_size<A>);
 }
 
 /// The sum of a row's lanes, as a tree: the one horizontal sum, at the end of a split.

@@ -27,10 +27,27 @@ template <class K, class V>
 using packed_element =
     std::conditional_t<std::is_same_v<K, V> && has_dot<K>, K, std::common_type_t<accumulator_t<K>, accumulator_t<V>>>;
 
-/// What a cache of T takes: what it holds, or floats.
+/// What a cache may hold, and what a cache of T takes: that, or floats; of 8 bits, any rows but double.
+template <class T>
+concept cacheable = storable<T> || std::is_same_v<T, q8>;
 template <class X, class T>
-inline constexpr bool is_taken_by_cache_of =
-    std::is_same_v<std::remove_const_t<X>, T> || std::is_same_v<std::remove_const_t<X>, float>;
+inline constexpr bool is_taken_by_cache_of = std::is_same_v<std::remove_const_t<X>, float> ||
+                                             (std::is_same_v<T, q8> ? sixteen_bit_float<std::remove_const_t<X>>
+                                                                    : std::is_same_v<std::remove_const_t<X>, T>);
+
+/// What a stored element reads as.
+template <class T>
+using read_element = std::conditional_t<std::is_same_v<T, q8>, float, T>;
+
+/// Element (t, d) of a panel's keys, and (t, e) of its values. (Of 8 bits: q8.hpp.)
+template <class P>
+[[nodiscard]] P key_at(const P* panel, index_t t, index_t d, index_t) noexcept {
+  return panel[key_index<P>(t, d)];
+}
+template <class P>
+[[nodiscard]] P value_at(const P* panel, index_t t, index_t e, index_t value_dim) noexcept {
+  return panel[value_index<P>(t, e, value_dim)];
+}
 
 /// How far ahead packing asks for rows: a panel, 8 KB of float keys at D = 128. Half of it costs a quarter of the speed
 /// over cold memory, twice of it gains nothing.
@@ -129,6 +146,17 @@ template <class P, class T>
   return tail_probe != A{0};  // NaN compares unequal
 }
 
+/// A panel's values of the tokens whose bits are set, zeros for the others. (Of 8 bits: q8.hpp.)
+template <class P>
+void keep_values(const P* panel, std::uint64_t bits, index_t columns, P* to) noexcept {
+  for (index_t e = 0; e < columns; ++e) {
+    for (index_t t = 0; t < panel_tokens; ++t) {
+      const index_t at = value_index<P>(t, e, columns);
+      to[at] = (bits >> t & 1) != 0 ? panel[at] : P(0);
+    }
+  }
+}
+
 /// A tile of `tokens` <= 64 rows of keys [tokens, head_dim] and values [tokens, value_dim] into `to`, which holds
 /// tile_elements<P>(head_dim, value_dim).
 template <class P, class K, class V>
@@ -143,7 +171,7 @@ template <class P, class K, class V>
     const index_t row = range.end > 0 ? first : 0;
     pack_key_panel(k + row * k_stride, k_stride, range, head_dim, to + panel * key_panel_elements<P>(head_dim));
     if (pack_value_panel(v + row * v_stride, v_stride, range, value_dim,
-                         values + panel * value_panel_elements(value_dim)))
+                         values + panel * value_panel_elements<P>(value_dim)))
       nonfinite |= std::uint32_t{1} << panel;
   }
   return contiguous_tile<P>(to, head_dim, value_dim, nonfinite);

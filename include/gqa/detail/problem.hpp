@@ -13,6 +13,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/q8.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/visibility.hpp>
@@ -22,7 +23,7 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once, to L.
+/// Rows of queries, [B, S, H, D]: loading converts, scales in double and rounds once, to L, or encodes (q8.hpp).
 template <class A, class L>
 struct query_rows {
   const void* data = nullptr;
@@ -35,19 +36,24 @@ struct query_rows {
             {q.stride(0), q.stride(1), q.stride(2)},
             [](const void* base, index_t offset, index_t dim, double factor, L* to) noexcept {
               const Q* const row = static_cast<const Q*>(base) + offset;
-              if constexpr (std::is_same_v<Q, L>) {
-                if (factor == 1) {
-                  std::copy_n(row, dim, to);
-                  return;
+              if constexpr (std::is_same_v<L, q8>) {
+                encode_query(row, dim, factor, to);
+                return;
+              } else {
+                if constexpr (std::is_same_v<Q, L>) {
+                  if (factor == 1) {
+                    std::copy_n(row, dim, to);
+                    return;
+                  }
                 }
+                index_t d = 0;
+                for (; d + packet_size<A> <= dim; d += packet_size<A>) {
+                  const packet<A> x = load_as<A>(row + d);
+                  store_as<A>(to + d, factor == 1 ? x : scaled<A>(x, factor));
+                }
+                for (; d < dim; ++d)
+                  to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
               }
-              index_t d = 0;
-              for (; d + packet_size<A> <= dim; d += packet_size<A>) {
-                const packet<A> x = load_as<A>(row + d);
-                store_as<A>(to + d, factor == 1 ? x : scaled<A>(x, factor));
-              }
-              for (; d < dim; ++d)
-                to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
             }};
   }
 

@@ -51,10 +51,10 @@ class score_rules {
   /// What queries are multiplied by, and what their products are. (0 times any product that is not NaN is 0, even of
   /// products that overflow.)
   [[nodiscard]] double query_factor() const noexcept {
-    if (std::is_same_v<A, L>) return factor_;
+    if (carries_factor) return factor_;
     return factor_ == 0 ? 0 : 1;
   }
-  [[nodiscard]] A score_factor() const noexcept { return std::is_same_v<A, L> ? A{1} : static_cast<A>(factor_); }
+  [[nodiscard]] A score_factor() const noexcept { return carries_factor ? A{1} : static_cast<A>(factor_); }
 
   /// Columns [begin, end) of a row's 64 products with the keys from first_key on. Bits: the columns that are visible;
   /// hidden ones within the range may come out as anything.
@@ -83,6 +83,8 @@ class score_rules {
   }
 
  private:
+  static constexpr bool carries_factor = std::is_same_v<A, L> || std::is_same_v<L, q8>;  // in scales, there
+
   void cap(A* s, index_t begin, index_t end) const noexcept {
     const packet<A> cap = broadcast(static_cast<A>(options_.softcap));
     const packet<A> inverse = broadcast(static_cast<A>(1.0 / options_.softcap));

@@ -4,11 +4,14 @@
 ///
 /// A panel is 16 consecutive tokens: keys as [D/p][16][p], values as [E/64][16/p][64][p] (column blocks of 64, the last
 /// one narrower, E rounded up to 16 with zeros). p neighbours of the depth lie together, so that one 32-bit lane feeds
-/// a hardware dot product: 2 for bfloat16, 1 for what is multiplied one by one. Both products then stream a panel from
-/// front to back: a step of q.k reads the 16 tokens' next p elements, a step of p.v reads p tokens' next 64 value
-/// columns. A tile is four panels, each anywhere in memory, so that pages of any multiple of 16 tokens can hold them.
-/// Elements that fill the last p of D, and columns past E, are zeros; tokens past the end may be anything, but values
-/// that are not finite are flagged.
+/// a hardware dot product: 2 for bfloat16, 4 keys or 2 values of 8 bits, 1 for what is multiplied one by one. Both
+/// products then stream a panel from front to back: a step of q.k reads the 16 tokens' next p elements, a step of p.v
+/// reads p tokens' next 64 value columns. A tile is four panels, each anywhere in memory, so that pages of any multiple
+/// of 16 tokens can hold them. Elements that fill the last p of D, and columns past E, are zeros; tokens past the end
+/// may be anything, but values that are not finite are flagged.
+///
+/// Behind a panel of 8-bit integers lie their scales, bfloat16: [D/32][16] of keys, [E/32][16] of values, up to a whole
+/// cache line; its elements are counted in bytes, scales and all.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +23,13 @@
 #include <Eigen/Core>
 
 #include <gqa/config.hpp>
+
+namespace gqa {
+
+/// Eight bits: an integer under a scale that it shares with its neighbours (quantization.hpp).
+enum class q8 : std::uint8_t {};
+
+}  // namespace gqa
 
 namespace gqa::detail {
 
@@ -54,21 +64,35 @@ inline constexpr index_t split_tiles = split_tokens / tile_tokens;
   return round_up(value_dim, panel_tokens);
 }
 
-/// Neighbours of the depth that lie together in a panel of P.
+/// Neighbours of the depth that lie together in a panel of P: of keys, and of values.
 template <class P>
-inline constexpr index_t lane_elements = std::is_same_v<P, Eigen::bfloat16> ? 2 : 1;
+inline constexpr index_t lane_elements = std::is_same_v<P, q8>                ? 4
+                                         : std::is_same_v<P, Eigen::bfloat16> ? 2
+                                                                              : 1;
+template <class P>
+inline constexpr index_t value_lane_elements = std::is_same_v<P, q8> ? 2 : lane_elements<P>;
+
+/// Channels of a token that share a scale.
+inline constexpr index_t scale_channels = 32;
+/// Bytes of the scales of a panel of 8-bit integers.
+[[nodiscard]] constexpr index_t scale_bytes(index_t dim) noexcept {
+  return ceil_div(dim, scale_channels) * panel_tokens * 2;
+}
 
 /// Elements of a panel's keys and of its values.
 template <class P>
 [[nodiscard]] constexpr index_t key_panel_elements(index_t head_dim) noexcept {
-  return panel_tokens * round_up(head_dim, lane_elements<P>);
+  const index_t elements = panel_tokens * round_up(head_dim, lane_elements<P>);
+  return std::is_same_v<P, q8> ? round_up(elements + scale_bytes(head_dim), 64) : elements;
 }
+template <class P>
 [[nodiscard]] constexpr index_t value_panel_elements(index_t value_dim) noexcept {
-  return panel_tokens * padded_value_dim(value_dim);
+  const index_t elements = panel_tokens * padded_value_dim(value_dim);
+  return std::is_same_v<P, q8> ? round_up(elements + scale_bytes(value_dim), 64) : elements;
 }
 template <class P>
 [[nodiscard]] constexpr index_t tile_elements(index_t head_dim, index_t value_dim) noexcept {
-  return tile_panels * (key_panel_elements<P>(head_dim) + value_panel_elements(value_dim));
+  return tile_panels * (key_panel_elements<P>(head_dim) + value_panel_elements<P>(value_dim));
 }
 
 /// Where element d of a panel's token t lies among its keys, and element e among its values.
@@ -79,10 +103,18 @@ template <class P>
 }
 template <class P>
 [[nodiscard]] constexpr index_t value_index(index_t t, index_t e, index_t value_dim) noexcept {
-  constexpr index_t p = lane_elements<P>;
+  constexpr index_t p = value_lane_elements<P>;
   const index_t block = e / value_block * value_block;
   const index_t columns = std::min(value_block, padded_value_dim(value_dim) - block);
   return block * panel_tokens + (t / p * columns + e - block) * p + t % p;
+}
+
+/// Where the scale of 8-bit element (t, d) of keys lies, and that of (t, e) of values.
+[[nodiscard]] constexpr index_t key_scale_index(index_t t, index_t d, index_t head_dim) noexcept {
+  return panel_tokens * round_up(head_dim, lane_elements<q8>) + (d / scale_channels * panel_tokens + t) * 2;
+}
+[[nodiscard]] constexpr index_t value_scale_index(index_t t, index_t e, index_t value_dim) noexcept {
+  return panel_tokens * padded_value_dim(value_dim) + (e / scale_channels * panel_tokens + t) * 2;
 }
 
 /// One tile's panels.
@@ -98,7 +130,7 @@ struct kv_tile {
 template <class P>
 [[nodiscard]] kv_tile<P> contiguous_tile(const P* memory, index_t head_dim, index_t value_dim,
                                          std::uint32_t nonfinite_values) noexcept {
-  const index_t keys = key_panel_elements<P>(head_dim), values = value_panel_elements(value_dim);
+  const index_t keys = key_panel_elements<P>(head_dim), values = value_panel_elements<P>(value_dim);
   kv_tile<P> tile;
   for (index_t panel = 0; panel < tile_panels; ++panel) {
     tile.k[static_cast<std::size_t>(panel)] = memory + panel * keys;

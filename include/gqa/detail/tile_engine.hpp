@@ -25,6 +25,7 @@
 #include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/q8_kernel.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/tile.hpp>
@@ -55,7 +56,7 @@ struct workspace {
   using A = accumulator_t<P>;
   L* q;                    // [rows, q_stride]
   A* s;                    // [rows, 64], scores; of rows read in place [run_tiles, rows, 64]
-  L* p;                    // the same of weights; in the place of the scores where they have one type
+  weight_element<L>* p;    // the same of weights; in the place of the scores where they have one type
   A* lanes;                // [rows, packet_size], of weights that the softmax sums
   A* alpha;                // [rows]; of rows read in place [run_tiles, rows]
   raw_states<A> current;   // of the split at work
@@ -81,7 +82,7 @@ struct workspace {
     };
     take(w.q, rows * q_stride);
     take(w.s, score_rows * tile_tokens);
-    if constexpr (std::is_same_v<A, L>) {
+    if constexpr (std::is_same_v<A, weight_element<L>>) {
       w.p = w.s;
     } else {
       take(w.p, score_rows * tile_tokens);
@@ -93,7 +94,7 @@ struct workspace {
     take_states(w.total);
     take(w.tile_sums, std::min<index_t>(rows, stream_rows<A>) * out_stride);
     take(w.tile_weights, std::min<index_t>(rows, stream_rows<A>));
-    take(w.seen_values, tile_tokens * out_stride);
+    take(w.seen_values, tile_panels * value_panel_elements<P>(out_stride));
     return take.used();
   }
 };
@@ -128,7 +129,11 @@ class tile_engine {
         reads_rows_(rules_.is_plain() && has_whole_groups(kv) && takes_rows(p.shape)) {}
 
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
-  [[nodiscard]] index_t q_stride() const noexcept { return round_up(problem_.shape.head_dim, 16) + 16; }
+  [[nodiscard]] index_t q_stride() const noexcept {
+    const index_t dim = problem_.shape.head_dim;
+    if constexpr (std::is_same_v<L, q8>) return round_up(q8_query_layout(dim).bytes(), 64) + 64;
+    return round_up(dim, 16) + 16;
+  }
   [[nodiscard]] index_t out_stride() const noexcept { return padded_value_dim(problem_.shape.value_dim); }
   /// Rows of scores in a workspace for row tiles of up to `rows` rows.
   [[nodiscard]] static constexpr index_t score_rows(index_t rows) noexcept {
@@ -193,7 +198,7 @@ class tile_engine {
     for_each_row(t, [&](index_t r, const row_index& row) {
       L* const to = w.q + r * q_stride();
       problem_.q.load(row.batch, problem_.row_of(row.batch, row.query), row.q_head, dim, rules_.query_factor(), to);
-      std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
+      if constexpr (!std::is_same_v<L, q8>) std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     });
   }
 
@@ -275,7 +280,7 @@ class tile_engine {
   void weigh_run(const row_tile& t, index_t tiles, workspace& w, const raw_states<A>& states) const noexcept {
     if constexpr (!std::is_same_v<A, L>) multiply(w.s, tiles * t.rows * tile_tokens, rules_.score_factor());
     for (index_t row = 0; row < tiles * t.rows; row += t.rows)
-      softmax_steps(t.rows, w.s + row * tile_tokens, w.p + row * tile_tokens, states.max, w.lanes, w.alpha + row);
+      softmax_steps<L>(t.rows, w.s + row * tile_tokens, w.p + row * tile_tokens, states.max, w.lanes, w.alpha + row);
   }
   /// In place, last: the values of a group.
   void apply_group(const row_tile& t, const group_place& at, workspace& w, const raw_states<A>& states) const noexcept {
@@ -352,20 +357,21 @@ class tile_engine {
     index_t keys, values;
   };
   [[nodiscard]] static fetched_bytes fetched_of(const call_shape& shape) noexcept {
-    constexpr index_t steps = tile_tokens / lane_elements<P>;
+    constexpr index_t steps = tile_tokens / lane_elements<P>, value_steps = tile_tokens / value_lane_elements<P>;
     const index_t columns = padded_value_dim(shape.value_dim);
     return {tile_panels * key_panel_elements<P>(shape.head_dim) * index_t{sizeof(P)},
-            tile_panels * value_panel_elements(columns) * index_t{sizeof(P)},
+            tile_panels * value_panel_elements<P>(columns) * index_t{sizeof(P)},
             bytes_fetched(steps * shape.head_dim / block_columns<A>),
-            bytes_fetched(steps * ceil_div(columns, block_columns<A>))};
+            bytes_fetched(value_steps * ceil_div(columns, block_columns<A>))};
   }
 
   template <class K, class V>
   [[nodiscard]] static constexpr row_kernels<A, L, K, V> row_kernels_of(const kv_rows<K, V>&) noexcept {
     return {};
   }
-  [[nodiscard]] static constexpr bool takes_rows(const call_shape& shape) noexcept {
-    return row_kernel_takes<A, typename Source::element, L>(shape.head_dim, shape.value_dim);
+  [[nodiscard]] static constexpr bool takes_rows([[maybe_unused]] const call_shape& shape) noexcept {
+    if constexpr (has_rows) return row_kernel_takes<A, typename Source::element, L>(shape.head_dim, shape.value_dim);
+    return false;
   }
 
   /// Row r of a sequence.
@@ -518,7 +524,7 @@ class tile_engine {
     if constexpr (scattered) op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels);
     kernels::scores[rows](op);
     fetch_start(tile.v[0]);
-    softmax_steps(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
+    softmax_steps<L>(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::values[rows](op);
     fetch_start(scattered ? next.k[0] : tile.next);
   }
@@ -596,13 +602,13 @@ class tile_engine {
     using kernels = row_block_kernels<P, L>;
     kernels::scores[static_cast<std::size_t>(row_end - row - 1)](op);
     if (w.all_seen && rules_.is_plain())
-      return softmax_steps(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
-                           w.lanes + row * packet_size<A>, w.alpha + row);
+      return softmax_steps<L>(row_end - row, op.s, w.p + row * tile_tokens, states.max + row,
+                              w.lanes + row * packet_size<A>, w.alpha + row);
     for_each_row(t, row, row_end, [&](index_t r, const row_index& index) {
       A* const s = w.s + r * tile_tokens;
-      L* const p = w.p + r * tile_tokens;
+      weight_element<L>* const p = w.p + r * tile_tokens;
       if (w.visible[r] == 0) {  // the state stays as it is
-        std::fill_n(p, tile_tokens, L(0));
+        std::fill_n(p, tile_tokens, weight_element<L>(0));
         w.alpha[r] = A{1};
         return;
       }
@@ -611,7 +617,7 @@ class tile_engine {
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (op.tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
-      w.alpha[r] = softmax_step(s, p, states.max[r], w.lanes + r * packet_size<A>);
+      w.alpha[r] = softmax_step<L>(s, p, states.max[r], w.lanes + r * packet_size<A>);
     });
   }
 
@@ -647,18 +653,13 @@ class tile_engine {
 
   /// 0 times NaN is NaN: a row meets zeros in the place of values that it may not see. Same sums, so the same bits.
   void apply_visible_only(index_t r, const kv_tile<P>& tile, workspace& w, const raw_states<A>& states) const noexcept {
-    const index_t columns = out_stride(), panel_elements = value_panel_elements(columns);
+    const index_t columns = out_stride(), panel_elements = value_panel_elements<P>(columns);
     kv_tile<P> seen = tile;
     for (index_t panel = 0; panel < tile_panels; ++panel) {
       const std::uint64_t bits = w.visible[r] >> panel * panel_tokens;
       const P* const from = tile.v[static_cast<std::size_t>(panel)];
       P* const to = w.seen_values + panel * panel_elements;
-      for (index_t e = 0; e < columns; ++e) {
-        for (index_t t = 0; t < panel_tokens; ++t) {
-          const index_t at = value_index<P>(t, e, columns);
-          to[at] = (bits >> t & 1) != 0 ? from[at] : P(0);
-        }
-      }
+      keep_values(from, bits, columns, to);
       seen.v[static_cast<std::size_t>(panel)] = to;
     }
     block_operands<P, L> op = operands_of(seen, w, states);

@@ -107,9 +107,9 @@ struct block_operands {
   const L* q;
   index_t q_stride;
   index_t head_dim;
-  A* s;            // scores; row stride 64
-  A score_factor;  // on the products of 16-bit queries, which cannot carry it
-  const L* p;      // weights; row stride 64
+  A* s;                        // scores; row stride 64
+  A score_factor;              // on the products of 16-bit queries, which cannot carry it
+  const weight_element<L>* p;  // row stride 64
   A* out;
   index_t out_stride;
   A* weight_sums;  // [Rows], null where the softmax sums weights
@@ -127,11 +127,11 @@ struct block_operands {
 enum class reading { blocks, in_order, scattered };
 
 /// Bytes from panel `panel` to what it asks for: a constant where that follows in memory (which gains 2 %).
-template <reading How>
+template <class P, reading How>
 [[nodiscard]] GQA_INLINE index_t bytes_ahead([[maybe_unused]] const std::array<index_t, tile_panels>& of_panels,
                                              [[maybe_unused]] index_t panel) noexcept {
   if constexpr (How == reading::scattered) return of_panels[static_cast<std::size_t>(panel)];
-  return read_ahead_bytes;
+  return read_ahead_bytes<P>;
 }
 
 /// S[:, column : column + Vectors packets] = Q K^T.
@@ -149,7 +149,7 @@ void score_columns(const block_operands<P, L>& op, index_t column) noexcept {
     b[v] = op.tile.k[static_cast<std::size_t>(c / panel_tokens)] + c % panel_tokens * lanes;
   }
   index_t next = op.next.keys.bytes + column / block_columns<A> * bytes_fetched(op.head_dim / lanes);
-  const index_t ahead = bytes_ahead<How>(op.ahead.k, column / panel_tokens);
+  const index_t ahead = bytes_ahead<P, How>(op.ahead.k, column / panel_tokens);
   for (index_t d = 0; d < op.head_dim; d += lanes) {
     if constexpr (How == reading::blocks) prefetch<2>(op.next.keys.at, next), next += 64;
     GQA_UNROLL
@@ -338,7 +338,7 @@ void value_panel_columns(const block_operands<P, L>& op, index_t panel, const va
   std::array<A, Weights> weights{};
   if (!starts) std::copy_n(op.tile_weights + at.first_row, Weights, weights.begin());
   const L* const p = op.p + panel * panel_tokens;
-  const index_t ahead = bytes_ahead<How>(op.ahead.v, panel);
+  const index_t ahead = bytes_ahead<P, How>(op.ahead.v, panel);
   const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + at.block * panel_tokens + at.column * lanes;
   const P* b[Vectors];
   GQA_UNROLL

@@ -18,6 +18,7 @@
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/memory_piece.hpp>
 #include <gqa/detail/pack.hpp>
+#include <gqa/detail/q8.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
@@ -40,15 +41,15 @@ struct cache_slots {
 
 template <class T>
 class tiled_cache {
-  static_assert(storable<T>, "gqa: a cache holds float, double, half or bfloat16");
+  static_assert(cacheable<T>, "gqa: a cache holds float, double, half, bfloat16 or q8");
 
  public:
   using element = T;
   using panel_element = T;
 
   /// Appends t tokens to every sequence, rounded to nearest even.
-  /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float; t >= 0, sequences may differ in length
-  /// \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
+  /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float (of q8: half or bfloat16, too); t >= 0, sequences may
+  /// differ in length \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
   template <tensor_like K, tensor_like V>
   void append(K&& k, V&& v) {
     append_to(0, batch_, as_view(std::forward<K>(k)), as_view(std::forward<V>(v)));
@@ -87,16 +88,16 @@ class tiled_cache {
     std::fill_n(begun_, batch_, index_t{0});
   }
 
-  /// A key [D] or value [E] as stored: a copy, for tests and tools.
+  /// A key [D] or value [E] as stored, of 8 bits as the floats that they stand for: a copy, for tests and tools.
   /// \throws error (errc::range) for a sequence, position or head that there is not; the row is empty then
-  [[nodiscard]] std::vector<T> key(index_t sequence, index_t position, index_t head) const {
+  [[nodiscard]] std::vector<read_element<T>> key(index_t sequence, index_t position, index_t head) const {
     return row(sequence, position, head, head_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t d) {
-      return tile.k[panel][key_index<T>(position % panel_tokens, d)];
+      return key_at(tile.k[panel], position % panel_tokens, d, head_dim_);
     });
   }
-  [[nodiscard]] std::vector<T> value(index_t sequence, index_t position, index_t head) const {
+  [[nodiscard]] std::vector<read_element<T>> value(index_t sequence, index_t position, index_t head) const {
     return row(sequence, position, head, value_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t e) {
-      return tile.v[panel][value_index<T>(position % panel_tokens, e, value_dim_)];
+      return value_at(tile.v[panel], position % panel_tokens, e, value_dim_);
     });
   }
 
@@ -148,8 +149,8 @@ class tiled_cache {
   [[nodiscard]] fault find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
                                         const tensor_view<V, 4>& v) const noexcept;
   template <class ElementOf>
-  [[nodiscard]] std::vector<T> row(index_t sequence, index_t position, index_t head, index_t dim,
-                                   const ElementOf& element_of) const;
+  [[nodiscard]] std::vector<read_element<T>> row(index_t sequence, index_t position, index_t head, index_t dim,
+                                                 const ElementOf& element_of) const;
 
   [[nodiscard]] bool has_sequence(index_t sequence) const noexcept { return sequence >= 0 && sequence < batch_; }
   [[nodiscard]] fault find_sequence_fault(index_t sequence) const noexcept {
@@ -251,7 +252,7 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K
         pack_key_panel(&keys(b - first, row, g, 0), keys.stride(1), tokens, head_dim_,
                        to + in_tile * key_panel_elements<T>(head_dim_));
         const bool nonfinite = pack_value_panel(&values(b - first, row, g, 0), values.stride(1), tokens, value_dim_,
-                                                to_values + in_tile * value_panel_elements(value_dim_));
+                                                to_values + in_tile * value_panel_elements<T>(value_dim_));
         const auto bit = static_cast<std::uint8_t>(1u << in_tile);
         std::uint8_t& flags = nonfinite_[at];
         if (tokens.starts) flags = static_cast<std::uint8_t>(flags & ~bit);  // what was there before is gone
@@ -265,8 +266,8 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K
 
 template <class T>
 template <class ElementOf>
-std::vector<T> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
-                                   const ElementOf& element_of) const {
+std::vector<read_element<T>> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
+                                                 const ElementOf& element_of) const {
   const auto find_fault = [&]() -> fault {
     const auto find_within = [](const char* name, index_t count, index_t actual) -> fault {
       if (0 <= actual && actual < count) return {};
@@ -286,7 +287,7 @@ std::vector<T> tiled_cache<T>::row(index_t sequence, index_t position, index_t h
   }
   const kv_tile<T> from = tile(sequence, head, position / tile_tokens, 0, nullptr);
   const auto panel = static_cast<std::size_t>(position % tile_tokens / panel_tokens);
-  std::vector<T> elements(static_cast<std::size_t>(dim));
+  std::vector<read_element<T>> elements(static_cast<std::size_t>(dim));
   for (index_t d = 0; d < dim; ++d) elements[static_cast<std::size_t>(d)] = element_of(from, panel, d);
   return elements;
 }

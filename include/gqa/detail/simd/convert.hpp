@@ -16,7 +16,7 @@ GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
 
-/// What keys and values may be stored as.
+/// What keys and values may be read from as they lie: plain elements.
 template <class T>
 concept storable = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, Eigen::half> ||
     std::is_same_v<T, Eigen::bfloat16>;

@@ -33,10 +33,14 @@ inline namespace GQA_ISA {
 template <class P>
 inline constexpr bool has_dot = false;
 
-/// Whether weights held in L are summed by store_rounded(), in lanes, or one by one by add_elements(): as products with
-/// ones would be.
+/// What the softmax makes of scores where queries are held in L: weights of 8 bits would be too few.
 template <class L>
-inline constexpr bool sums_in_lanes = std::is_same_v<L, Eigen::bfloat16>;
+using weight_element = std::conditional_t<std::is_same_v<L, q8>, float, L>;
+
+/// Whether weights are summed by the softmax, in lanes, or one by one by add_elements(): as products with ones would
+/// be.
+template <class L>
+inline constexpr bool sums_in_lanes = std::is_same_v<L, Eigen::bfloat16> || std::is_same_v<L, q8>;
 
 /// Panels whose lanes hold one element. `part` counts the multiply-adds of a row of lanes.
 template <class P, class L>

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// A source of 8-bit tiles as one of floats: where no instruction multiplies the integers, and for float_products.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/q8.hpp>
+#include <gqa/detail/read_ahead.hpp>
+#include <gqa/detail/tile.hpp>
+#include <gqa/variants.hpp>
+
+namespace gqa::detail {
+inline namespace GQA_ISA {
+
+/// Tiles are decoded when they are asked for: as plain tensors are packed, once in prefill, by each row tile in decode.
+/// The source outlives it.
+template <class Source>
+class decoded_kv {
+ public:
+  using element = q8;
+  using panel_element = float;
+
+  explicit decoded_kv(const Source& kv) noexcept : kv_(kv) {}
+
+  [[nodiscard]] index_t batch() const noexcept { return kv_.batch(); }
+  [[nodiscard]] index_t kv_heads() const noexcept { return kv_.kv_heads(); }
+  [[nodiscard]] index_t kv_len() const noexcept { return kv_.kv_len(); }
+  [[nodiscard]] index_t length(index_t b) const noexcept { return kv_.length(b); }
+  [[nodiscard]] index_t head_dim() const noexcept { return kv_.head_dim(); }
+  [[nodiscard]] index_t value_dim() const noexcept { return kv_.value_dim(); }
+  [[nodiscard]] fault find_fault() const noexcept { return kv_.find_fault(); }
+  [[nodiscard]] index_t scratch_elements() const noexcept { return tile_elements<float>(head_dim(), value_dim()); }
+  [[nodiscard]] kv_tile<float> tile(index_t b, index_t g, index_t i, index_t tokens, float* scratch) const noexcept {
+    return decode_tile(kv_.tile(b, g, i, tokens, nullptr), head_dim(), value_dim(), scratch);
+  }
+
+  [[nodiscard]] bool has_sequence(index_t b) const noexcept requires requires(const Source& kv) { kv.has_sequence(b); }
+  { return kv_.has_sequence(b); }
+  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept requires requires(const Source& kv) { kv.gone_tiles(b); }
+  { return kv_.gone_tiles(b); }
+  [[nodiscard]] index_t page_size() const noexcept requires requires(const Source& kv) { kv.page_size(); }
+  { return kv_.page_size(); }
+  [[nodiscard]] std::span<const std::int32_t> pages_of(index_t b) const noexcept requires requires(const Source& kv) {
+    kv.pages_of(b);
+  }
+  { return kv_.pages_of(b); }
+  [[nodiscard]] bool has_shared_pages(index_t b) const noexcept requires requires(const Source& kv) {
+    kv.has_shared_pages(b);
+  }
+  { return kv_.has_shared_pages(b); }
+
+ private:
+  const Source& kv_;
+};
+
+/// What reads single elements of tiles works from: the source, or, of 8 bits, a decoded_kv of it.
+template <class Source>
+[[nodiscard]] const Source& as_elements(const Source& kv) noexcept {
+  return kv;
+}
+template <class Source>
+requires std::is_same_v<typename Source::panel_element, q8> [[nodiscard]] decoded_kv<Source> as_elements(
+    const Source& kv) noexcept {
+  return decoded_kv<Source>(kv);
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa::detail

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+/// \file
+/// Keys and values in 8 bits: q8, what every cache may hold, and how far off attention over it may be.
+///
+/// kv_cache<q8>, ring_kv_cache<q8>, paged_kv_cache<q8>: 32 neighbouring channels of a token share a scale, so a token
+/// takes 8.5 bits an element (bfloat16: 16), has nothing to do with its neighbours, and never changes once stored. It
+/// is encoded when it is appended, from float, half or bfloat16.
+///
+///     stored element = scale * integer of [-127, 127], off by scale / 2 at most
+///     scale          = the block's largest magnitude / 127, rounded up to a bfloat16
+///
+/// Where the instruction set multiplies 8-bit integers (AVX-512 VNNI), queries are rounded to blocks like those, too,
+/// scores are sums of integers times scales, and the weights of a tile, times the values' scales, are rounded to 16
+/// bits. Elsewhere, and where options.float_products asks for it, tiles are decoded to floats, exactly, and meet
+/// queries and weights in float. Queries are float, half or bfloat16. A NaN or infinity makes its token's block of 32
+/// NaN.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <gqa/attention.hpp>
+#include <gqa/config.hpp>
+#include <gqa/detail/check.hpp>
+#include <gqa/detail/q8.hpp>
+#include <gqa/kv_source.hpp>
+#include <gqa/options.hpp>
+#include <gqa/reference.hpp>
+#include <gqa/tensor_view.hpp>
+
+namespace gqa {
+namespace detail {
+inline namespace GQA_ISA {
+
+/// The keys and values of one KV head of a sequence, decoded, and what their bounds are made of.
+struct decoded_head {
+  index_t blocks, value_dim;        // blocks of 32 channels of a key
+  std::vector<double> k, v;         // [T, D], [T, E]
+  std::vector<double> key_scale;    // [T, blocks]
+  std::vector<double> key_sum;      // [T, blocks]: of magnitudes
+  std::vector<double> value_scale;  // [T, E]
+
+  template <class KV>
+  decoded_head(const KV& kv, index_t b, index_t g, index_t keys)
+      : blocks(ceil_div(kv.head_dim(), scale_channels)), value_dim(kv.value_dim()) {
+    const index_t dim = kv.head_dim();
+    for (index_t t = 0; t < keys; ++t) {
+      const index_t first_key = t / tile_tokens * tile_tokens;
+      const kv_tile<q8> tile = kv.tile(b, g, t / tile_tokens, std::min(tile_tokens, keys - first_key), nullptr);
+      const auto panel = static_cast<std::size_t>(t % tile_tokens / panel_tokens);
+      const index_t at = t % panel_tokens;
+      const q8 *const own_k = tile.k[panel], *const own_v = tile.v[panel];
+      for (index_t first = 0; first < dim; first += scale_channels) {
+        double sum = 0;
+        for (index_t d = first; d < std::min(first + scale_channels, dim); ++d) {
+          k.push_back(static_cast<double>(key_at(own_k, at, d, dim)));
+          sum += std::abs(k.back());
+        }
+        key_scale.push_back(static_cast<double>(scale_at(own_k + key_scale_index(at, first, dim))));
+        key_sum.push_back(sum);
+      }
+      for (index_t e = 0; e < value_dim; ++e) {
+        v.push_back(static_cast<double>(value_at(own_v, at, e, value_dim)));
+        value_scale.push_back(static_cast<double>(scale_at(own_v + value_scale_index(at, e, value_dim))));
+      }
+    }
+  }
+};
+
+/// What rounding to half a step leaves, of quotients rounded to float.
+inline constexpr double half_step = 0.5 * (1 + 0x1p-15);
+
+/// A row of queries, and what its blocks of 32 channels may be off by.
+struct bounded_query {
+  std::vector<double> row;   // [D]
+  std::vector<double> sum;   // [blocks]: of magnitudes
+  std::vector<double> step;  // [blocks]: half a scale
+
+  template <class Q>
+  explicit bounded_query(const Q* q, index_t dim) {
+    for (index_t first = 0; first < dim; first += scale_channels) {
+      double of_block = 0, largest = 0;
+      for (index_t d = first; d < std::min(first + scale_channels, dim); ++d) {
+        row.push_back(static_cast<double>(q[d]));
+        of_block += std::abs(row.back()), largest = std::max(largest, std::abs(row.back()));
+      }
+      sum.push_back(of_block);
+      step.push_back(half_step * (1 + 0x1p-7) * largest / static_cast<double>(most_q8));
+    }
+  }
+};
+
+/// A key that a row sees: its score over the decoded key, how far the kernel's may be from it, and that of the key
+/// before it was rounded.
+struct bounded_score {
+  index_t t;  // -1: the sink
+  double score, of_kernel, of_key;
+};
+
+/// Of the key at p.key, which query s of the call sees.
+[[nodiscard]] inline bounded_score score_of(const bounded_query& q, const decoded_head& head,
+                                            const attention_options& options, double scale, const position& p,
+                                            index_t s) {
+  const auto dim = static_cast<index_t>(q.row.size());
+  double product = 0, of_kernel = 0, of_key = 0, magnitude = 0;
+  for (index_t d = 0; d < dim; ++d)
+    product += q.row[static_cast<std::size_t>(d)] * head.k[static_cast<std::size_t>(p.key * dim + d)];
+  for (index_t n = 0; n < head.blocks; ++n) {
+    const auto i = static_cast<std::size_t>(n), at = static_cast<std::size_t>(p.key * head.blocks + n);
+    of_kernel += q.step[i] * head.key_sum[at];
+    of_key += q.sum[i] * half_step * head.key_scale[at];
+    magnitude += q.sum[i] * static_cast<double>(most_q8) * head.key_scale[at];
+  }
+  of_kernel += 0x1p-24 * static_cast<double>(dim + 8) * magnitude;  // sums of floats
+  const double score = reference::impl::score<float>(options, no_variant{}, product, scale, p, s);
+  return {p.key, score, std::abs(scale) * of_kernel + 0x1p-20 * (1 + std::abs(score)), std::abs(scale) * of_key};
+}
+
+/// The bound of one row from the keys it sees. With weights p of the decoded scores, scores that are off by at most c_t
+/// give weights off by at most p_t g_t, g_t = max(e^c_t / L - 1, 1 - e^-c_t / U), L and U the sums of p e^-c and p e^c.
+/// Weights that sum to 1 before and after move an output by sums of what they are off by times (value - output).
+[[nodiscard]] inline double row_bound(const std::vector<bounded_score>& seen, const decoded_head& head, index_t keys) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  double top = -infinity, sum = 0;
+  for (const bounded_score& s : seen) top = std::max(top, s.score);
+  std::vector<double> weight;
+  for (const bounded_score& s : seen) weight.push_back(std::exp(s.score - top)), sum += weight.back();
+  for (double& w : weight) w /= sum;
+  // What weights may be off by, a share of each.
+  const auto gains = [&](double bounded_score::*off) {
+    double low = 0, high = 0;
+    for (std::size_t i = 0; i < seen.size(); ++i)
+      low += weight[i] * std::exp(-(seen[i].*off)), high += weight[i] * std::exp(seen[i].*off);
+    std::vector<double> gain;
+    for (const bounded_score& s : seen)
+      gain.push_back(std::max(std::exp(s.*off) / low - 1, 1 - std::exp(-(s.*off)) / high));
+    return gain;
+  };
+  const std::vector<double> kernel = gains(&bounded_score::of_kernel), key = gains(&bounded_score::of_key);
+  // 64 weights of a tile are off by half a unit each, a unit is a 32,767th of the largest, times integers up to 127.
+  constexpr double weight_rounding = 64 * 127 / (2 * 32767.0);
+  const double float_rounding = 0x1p-24 * (128 + static_cast<double>(keys) / 64);  // sums of tiles, splits and states
+  double bound = 0;
+  for (index_t e = 0; e < head.value_dim; ++e) {
+    const auto index = [&](const bounded_score& s) { return static_cast<std::size_t>(s.t * head.value_dim + e); };
+    double out = 0, of_element = 0;
+    for (std::size_t i = 0; i < seen.size(); ++i) out += seen[i].t < 0 ? 0 : weight[i] * head.v[index(seen[i])];
+    for (std::size_t i = 0; i < seen.size(); ++i) {
+      const double value = seen[i].t < 0 ? 0 : head.v[index(seen[i])];
+      const double scale = seen[i].t < 0 ? 0 : head.value_scale[index(seen[i])];
+      of_element += weight[i] * ((kernel[i] + key[i]) * std::abs(value - out) + float_rounding * std::abs(value) +
+                                 ((1 + key[i]) * half_step + (1 + kernel[i]) * weight_rounding) * scale);
+    }
+    if (!std::isfinite(of_element)) return infinity;
+    bound = std::max(bound, of_element);
+  }
+  return bound;
+}
+
+}  // namespace GQA_ISA
+}  // namespace detail
+
+inline namespace GQA_ISA {
+
+/// How far attention over a source of q8 may be from exact attention over the keys and values that were appended to it:
+/// no element of a row's output, in float, is off by more. Derived from the stored scales; holds with and without
+/// float_products. Infinite for rows that see NaN.
+/// \param q        [B, S, H, D]: float, half or bfloat16
+/// \param kv       a cache of q8
+/// \param bound    [B, S, H]
+/// \param options  of the call of attention()
+/// \throws error   as attention() does
+/// Cost: O(B S H T D) in double, like reference::attention(): for tests and tools.
+template <tensor_like Q, kv_source KV>
+void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const attention_options& options = {}) {
+  static_assert(std::is_same_v<typename KV::panel_element, q8>, "gqa: error_bound() is of caches of q8");
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> q = detail::as_view(std::forward<Q>(q_in));
+  const index_t q_len = q.extent(1), q_heads = q.extent(2), dim = q.extent(3);
+  const detail::call_shape shape{kv.batch(), q_len, kv.kv_len(), q_heads, kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  // What the checks of a call want to see: never read or written.
+  const tensor_view<double, 4> as_output(bound.data(),
+                                         {bound.extent(0), bound.extent(1), bound.extent(2), shape.value_dim});
+  if (const auto f = kv.find_fault()) return detail::raise(f);
+  if (const auto f = detail::find_shape_fault(detail::describe("q", q), detail::describe("bound", as_output), shape))
+    return detail::raise(f);
+  if (const auto f = detail::find_options_fault(options, shape)) return detail::raise(f);
+  for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
+    const index_t said = options.kv_lengths[static_cast<std::size_t>(b)];
+    if (const auto f = detail::find_kv_length_fault("options.kv_lengths", b, said, kv.length(b)))
+      return detail::raise(f);
+  }
+  if (const auto f =
+          detail::find_gone_fault(detail::problem_of<float>(q, kv, as_output, options), kv, detail::no_variant{}))
+    return detail::raise(f);
+
+  const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
+  for (index_t b = 0; b < shape.batch; ++b) {
+    const index_t keys = options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
+    const index_t offset = reference::impl::first_position(options, b, keys, q_len);
+    for (index_t g = 0; g < shape.kv_heads; ++g) {
+      const detail::decoded_head head(kv, b, g, keys);
+      for (index_t h = 0; h < q_heads; ++h) {
+        if (reference::impl::kv_head_of(options, h, q_heads, shape.kv_heads) != g) continue;
+        for (index_t s = 0; s < q_len; ++s) {
+          const detail::bounded_query query(&q(b, s, h, 0), dim);
+          std::vector<detail::bounded_score> seen;
+          if (!options.sinks.empty())
+            seen.push_back({-1, static_cast<double>(options.sinks[static_cast<std::size_t>(h)]), 0, 0});
+          for (index_t t = 0; t < keys; ++t) {
+            const position p{b, h, offset + s, t};
+            if (reference::impl::sees(options, detail::no_variant{}, p, s))
+              seen.push_back(detail::score_of(query, head, options, scale, p, s));
+          }
+          bound(b, s, h) = detail::row_bound(seen, head, keys);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace GQA_ISA
+}  // namespace gqa
