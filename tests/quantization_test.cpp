@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -161,6 +162,33 @@ TEST(Quantization, HasABoundThatSaysSomething) {
   }
 }
 
+// Errors that all point one way come to near half of it. Two keys of 31 channels a hair below, or above, half a step
+// whose scores are rounded apart, under queries that are exact; then queries like that under two keys that are exact.
+TEST(Quantization, HasABoundThatErrorsNearlyReach) {
+  rng unused(1);
+  const double step = 0x1p-7;  // of blocks whose largest is 127 of them
+  for (const bool in_keys : {true, false}) {
+    if (!in_keys && !detail::has_dot<q8>) continue;  // queries are as they are
+    q8_case c({1, 1, 2, 1, 1, 32, 1}, unused);
+    for (int d = 0; d < 32; ++d) {
+      const auto i = static_cast<std::size_t>(d);
+      const auto elements = [&](double of_q, double of_first, double of_second) {
+        c.q[i] = static_cast<float>(of_q * step), c.k[i] = static_cast<float>(of_first * step);
+        c.k[32 + i] = static_cast<float>(of_second * step);
+      };
+      if (in_keys) {
+        d == 0 ? elements(127, 127, 127) : elements(127, 0.49, 0.51);
+      } else {
+        d == 0 ? elements(127, 127, -127) : elements(0.49, 127, -127);
+      }
+    }
+    c.v = {1, -1};
+    const double worst = worst_share(c, {.scale = std::numbers::ln2, .float_products = in_keys});
+    EXPECT_GT(worst, 0.3) << in_keys;
+    EXPECT_LE(worst, 1) << in_keys;
+  }
+}
+
 TEST(Quantization, HasFloatProductsExactToTheDecodedTile) {
   rng random(4);
   const q8_case c({1, 9, 150, 4, 2, 40, 72}, random);
@@ -179,6 +207,33 @@ TEST(Quantization, HasFloatProductsExactToTheDecodedTile) {
   attention(c.queries(), cache, c.as_output(actual), options);
   attention(c.queries(), decoded, c.as_output(expected), options);
   EXPECT_EQ(actual, expected);
+}
+
+// Products of integers are those of what is stored, queries rounded to blocks as keys are: with a power of 2 times ln 2
+// for a scale, which log2(e) makes a power of 2, their blocks are those of the queries as they are. What is left is the
+// rounding of weights, an eighth of a value's scale at most (quantization.hpp), and of floats.
+TEST(Quantization, MultipliesWhatIsStored) {
+  if (!detail::has_dot<q8>) GTEST_SKIP() << "no instruction multiplies 8-bit integers";
+  rng random(9);
+  for (const index_t dim : {16, 40, 64, 128, 200}) {
+    const q8_case c({1, 12, 140, 6, 2, dim, dim}, random, 0.05);
+    q8_case rounded = c;
+    kv_cache<q8> of_queries(1, 6, 12, dim);
+    of_queries.append(c.queries(), c.queries());
+    rounded.q.clear();
+    for (index_t s = 0; s < 12; ++s)
+      for (index_t h = 0; h < 6; ++h)
+        for (const float x : of_queries.key(0, s, h)) rounded.q.push_back(x);
+    std::vector<float> actual = c.output(), expected = c.output();
+    const double power = std::exp2(std::round(-std::log2(static_cast<double>(dim)) / 2)) * std::numbers::ln2;
+    attention(c.queries(), c.cache(), c.as_output(actual), {.scale = power, .causal = true});
+    attention(rounded.queries(), c.cache(), c.as_output(expected),
+              {.scale = power, .causal = true, .float_products = true});
+    double largest = 0;
+    for (std::size_t i = 0; i < c.v.size(); i += 32) largest = std::max(largest, scale_of_block(&c.v[i], 32));
+    for (std::size_t i = 0; i < actual.size(); ++i)
+      ASSERT_NEAR(actual[i], expected[i], largest / 8 + 1e-5) << dim << ", element " << i;
+  }
 }
 
 // Any chunks, prefill, append and decode, any threads, and any type that holds the rows: one row's bits.

@@ -5,14 +5,19 @@
 #include <algorithm>
 #include <cmath>
 #include <complex>
+#include <cstring>
 #include <limits>
 #include <numbers>
+#include <numeric>
 #include <span>
 #include <vector>
 
 #include <gqa/gqa.hpp>
 
+#include "support/kernels.hpp"
+#include "support/refusal.hpp"
 #include "support/rng.hpp"
+#include "support/tensor.hpp"
 
 namespace gqa::test {
 namespace {
@@ -179,6 +184,105 @@ TEST(Rope, TurnsManyTensorsByTheSameTurns) {
   }
 }
 
+// Keys turned on their way into a cache of T are those that rotate() has turned before, whatever the pieces.
+template <class T, class Row>
+void expect_turned_keys() {
+  rng random(7);
+  context ctx;
+  const index_t heads = 2, dim = 40, tokens = 90;
+  for (const auto pairing : {rope_pairing::neighbours, rope_pairing::halves}) {
+    rope_options o;
+    o.pairing = pairing, o.dims = 24;
+    const rope r(dim, o);
+    std::vector<Row> k;
+    for (index_t i = 0; i < 2 * tokens * heads * dim; ++i)
+      k.push_back(static_cast<Row>(static_cast<float>(random.normal())));
+    auto rotated = k;
+    const std::vector<index_t> first{0, 0};
+    const auto rows = [&](std::vector<Row>& x) { return view(x.data(), {2, tokens, heads, dim}); };
+    r.rotate(rows(rotated), first, ctx);
+    kv_cache<T> expected(2, heads, tokens, dim), actual(2, heads, tokens, dim), one(2, heads, tokens, dim);
+    paged_kv_cache<T> paged(1, 8, 32, heads, dim);
+    const sequence_id id = paged.create();
+    expected.append(rows(rotated), rows(rotated));
+    for (index_t t = 0; t < tokens;) {
+      const index_t piece = std::min<index_t>(random.between(1, 40), tokens - t);
+      std::vector<index_t> positions(static_cast<std::size_t>(piece));
+      std::iota(positions.begin(), positions.end(), t);
+      const auto turns = r.turns<float>(positions, ctx);
+      positions.insert(positions.end(), positions.begin(), positions.begin() + piece);
+      const auto of_both = r.turns<float>(positions, ctx);
+      actual.append(turned(slice(rows(k), 1, t, piece), of_both), slice(rows(rotated), 1, t, piece));
+      const auto of_second = slice(slice(rows(k), 0, 1, 1), 1, t, piece);
+      one.append(1, turned(of_second, turns), of_second);
+      paged.append(id, turned(of_second, turns), of_second);
+      t += piece;
+    }
+    for (index_t t = 0; t < tokens; ++t) {
+      for (index_t g = 0; g < heads; ++g) {
+        for (index_t b = 0; b < 2; ++b) ASSERT_EQ(actual.key(b, t, g), expected.key(b, t, g)) << t;
+        ASSERT_EQ(one.key(1, t, g), expected.key(1, t, g)) << t;
+      }
+    }
+    const std::vector<float> q(8 * dim, 0.5f);
+    std::vector<float> from_pages(q.size()), from_cache(q.size());
+    const tensor_view<const float, 4> queries(q.data(), {1, 2, 4, dim});
+    attention(queries, paged.layer(0), view(from_pages.data(), {1, 2, 4, dim}));
+    const detail::part_of_source<kv_cache<T>> second(one, 1, 0, heads, tokens);
+    attention(queries, second, view(from_cache.data(), {1, 2, 4, dim}));
+    ASSERT_EQ(from_pages, from_cache);
+  }
+}
+TEST(Rope, TurnsKeysOnTheirWayIntoACache) {
+  expect_turned_keys<float, float>();
+  expect_turned_keys<Eigen::bfloat16, float>();
+  expect_turned_keys<Eigen::bfloat16, Eigen::bfloat16>();
+  expect_turned_keys<q8, float>();
+}
+
+// Queries turned on their way into a call, and into a ragged batch, as well.
+template <class T, class Row>
+void expect_turned_queries() {
+  rng random(8);
+  context ctx;
+  const index_t batch = 2, tokens = 5, heads = 6, dim = 20;
+  const rope r(dim);
+  std::vector<Row> q, kv;
+  for (index_t i = 0; i < batch * tokens * heads * dim; ++i)
+    q.push_back(static_cast<Row>(static_cast<float>(random.normal())));
+  for (index_t i = 0; i < batch * 70 * 2 * dim; ++i)
+    kv.push_back(static_cast<Row>(static_cast<float>(random.normal())));
+  auto rotated = q;
+  const auto rows = [&](std::vector<Row>& x) { return view(x.data(), {batch, tokens, heads, dim}); };
+  const std::vector<index_t> first{65, 7};
+  r.rotate(rows(rotated), first, ctx);
+  std::vector<index_t> positions;
+  for (const index_t p : first)
+    for (index_t s = 0; s < tokens; ++s) positions.push_back(p + s);
+  const auto turns = r.turns<accumulator_t<Row>>(positions, ctx);
+  kv_cache<T> cache(batch, 2, 70, dim);
+  cache.append(view(kv.data(), {batch, 70, 2, dim}), view(kv.data(), {batch, 70, 2, dim}));
+  std::vector<Row> expected(q.size()), actual(q.size()), ragged(q.size());
+  attention_options options;
+  options.query_offsets = first, options.causal = true;
+  attention(rows(rotated), cache, rows(expected), options, ctx);
+  attention(turned(rows(q), turns), cache, rows(actual), options, ctx);
+  EXPECT_EQ(std::memcmp(actual.data(), expected.data(), q.size() * sizeof(Row)), 0);
+  const std::vector<sequence_id> sequences{sequence_id{0}, sequence_id{1}};
+  const std::vector<index_t> offsets{0, tokens, 2 * tokens};
+  batch_options of_batch;
+  of_batch.common.causal = true, of_batch.query_offsets = first;
+  batch_attention(turned(tensor_view<const Row, 3>(q.data(), {batch * tokens, heads, dim}), turns), offsets, cache,
+                  sequences, tensor_view<Row, 3>(ragged.data(), {batch * tokens, heads, dim}), of_batch, ctx);
+  EXPECT_EQ(std::memcmp(ragged.data(), expected.data(), q.size() * sizeof(Row)), 0);
+}
+TEST(Rope, TurnsQueriesOnTheirWayIntoACall) {
+  expect_turned_queries<float, float>();
+  expect_turned_queries<double, double>();
+  expect_turned_queries<Eigen::half, float>();
+  expect_turned_queries<q8, float>();
+}
+
 // What it is for.
 TEST(Rope, MakesProductsDependOnDistancesAlone) {
   rng random(5);
@@ -200,6 +304,28 @@ TEST(Rope, MakesProductsDependOnDistancesAlone) {
   EXPECT_NEAR(product(10, 3), product(1010, 1003), 1e-10);
   EXPECT_NEAR(product(-4, 3), product(0, 7), 1e-10);
   EXPECT_GT(std::abs(product(10, 3) - product(10, 4)), 1e-3);
+}
+
+TEST(Rope, RefusesTurnsOfOtherRows) {
+  context ctx;
+  const rope r(8);
+  const std::vector<index_t> positions{0, 1, 2};
+  const auto turns = r.turns<float>(positions, ctx);
+  const rope_turns<float> too_wide(2, 5, rope_pairing::neighbours);
+  std::vector<float> x(2 * 8, 1.0f), out(2 * 8, 9.0f);
+  const auto rows = view(x.data(), {1, 2, 1, 8});
+  kv_cache<float> cache(1, 1, 8, 8);
+  EXPECT_EQ(code_of([&] { cache.append(turned(rows, turns), rows); }), errc::shape);
+  EXPECT_EQ(code_of([&] { cache.append(turned(rows, too_wide), rows); }), errc::shape);
+  EXPECT_EQ(cache.length(0), 0);
+  paged_kv_cache<float> paged(1, 2, 16, 1, 8);
+  const sequence_id id = paged.create();
+  EXPECT_EQ(code_of([&] { paged.append(id, turned(rows, turns), rows); }), errc::shape);
+  EXPECT_EQ(paged.length(id), 0);
+  cache.append(rows, rows);
+  EXPECT_EQ(code_of([&] { attention(turned(rows, turns), cache, view(out.data(), {1, 2, 1, 8})); }), errc::shape);
+  EXPECT_EQ(check(turned(rows, turns), cache, view(out.data(), {1, 2, 1, 8})), errc::shape);
+  EXPECT_EQ(out, std::vector<float>(16, 9.0f));
 }
 
 #ifndef GQA_NO_EXCEPTIONS

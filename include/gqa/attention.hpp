@@ -32,9 +32,11 @@
 #include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/schedule.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
+#include <gqa/rope_turns.hpp>
 #include <gqa/state.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
@@ -142,14 +144,16 @@ template <class Q, class Source, class Out>
 }
 
 /// A call without its element types, with queries and weights held in L.
-template <class L, class Q, class Source, class Out>
-[[nodiscard]] auto problem_of(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+template <class L, class Queries, class Source, class Out>
+[[nodiscard]] auto problem_of(const Queries& q, const Source& kv, const Out& out_or_state,
                               const attention_options& options) noexcept {
   using A = accumulator_t<typename Source::panel_element>;
-  problem<A, L> p{{kv.batch(), q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
-                  options,
-                  query_rows<A, L>::of(q),
-                  {}};
+  const auto& rows = rows_of(q);
+  problem<A, L> p{
+      {kv.batch(), rows.extent(1), kv.kv_len(), rows.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
+      options,
+      query_rows<A, L>::of(q),
+      {}};
   const auto out = output_view(out_or_state);
   if constexpr (output_state<Out>) {
     p.out = output_rows<A>::of(out, out_or_state.lse);
@@ -187,18 +191,19 @@ template <class A, class L, class Source, class Variant>
 }
 
 /// All that is wrong with a call without a variant.
-template <class Q, class Source, class Out>
-[[nodiscard]] fault find_plain_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+template <class Queries, class Source, class Out>
+[[nodiscard]] fault find_plain_fault(const Queries& q, const Source& kv, const Out& out_or_state,
                                      const attention_options& options) noexcept {
-  if (const auto f = find_call_fault(q, kv, out_or_state, options)) return f;
+  if (const auto f = find_call_fault(rows_of(q), kv, out_or_state, options)) return f;
+  if (const auto f = find_turns_fault(q)) return f;
   using A = accumulator_t<typename Source::panel_element>;
   return find_gone_fault(problem_of<A>(q, kv, out_or_state, options), kv, no_variant{});
 }
 
 /// A checked call with queries and weights held in L.
-template <class L, class Q, class Source, class Out, class Variant>
-void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-               const attention_options& options, const ragged_rows& ragged, const Variant& variant, context& ctx) {
+template <class L, class Queries, class Source, class Out, class Variant>
+void attend_in(const Queries& q, const Source& kv, const Out& out_or_state, const attention_options& options,
+               const ragged_rows& ragged, const Variant& variant, context& ctx) {
   auto p = problem_of<L>(q, kv, out_or_state, options);
   if (!ragged.q_offsets.empty()) {
     p.ragged = ragged;
@@ -210,9 +215,10 @@ void attend_in(const tensor_view<const Q, 4>& q, const Source& kv, const Out& ou
 }
 
 /// A checked call: erases the element types of q and out, chooses what products are made of, runs.
-template <class Q, class Source, class Out, class Variant>
-void attend_checked(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-                    const attention_options& options, const ragged_rows& ragged, const Variant& variant, context& ctx) {
+template <class Queries, class Source, class Out, class Variant>
+void attend_checked(const Queries& q, const Source& kv, const Out& out_or_state, const attention_options& options,
+                    const ragged_rows& ragged, const Variant& variant, context& ctx) {
+  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   using panel_element = typename Source::panel_element;
   constexpr bool is_q8 = std::is_same_v<panel_element, q8>;
   if (output_view(out_or_state).size() == 0) return;
@@ -228,11 +234,13 @@ void attend_checked(const tensor_view<const Q, 4>& q, const Source& kv, const Ou
 }
 
 /// The one way in.
-template <class Q, class Source, class Out, class Variant>
-void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-            const attention_options& options, const Variant& variant, context& ctx) {
+template <class Queries, class Source, class Out, class Variant>
+void attend(const Queries& q, const Source& kv, const Out& out_or_state, const attention_options& options,
+            const Variant& variant, context& ctx) {
+  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   require_dtypes<Q, Source, typename decltype(output_view(out_or_state))::value_type>();
-  if (const auto fault = find_call_fault(q, kv, out_or_state, options)) return raise(fault);
+  if (const auto fault = find_call_fault(rows_of(q), kv, out_or_state, options)) return raise(fault);
+  if (const auto fault = find_turns_fault(q)) return raise(fault);
   attend_checked(q, kv, out_or_state, options, {}, variant, ctx);
 }
 
@@ -242,15 +250,14 @@ void attend(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_o
 inline namespace GQA_ISA {
 
 /// Attention of q over the keys and values of a source, with a user's variant (variants.hpp).
-/// \param q        [B, S, H, D]
+/// \param q        [B, S, H, D], or turned() (rope_turns.hpp)
 /// \param kv       source of B sequences and G KV heads; H a multiple of G, or see attention_options::group_offsets
 /// \param out      [B, S, H, E], or a partial_state, whose lse is written too; may share no memory with an input
 /// \param options  see options.hpp
 /// \throws error   for anything that does not fit, before anything is written
-template <tensor_like Q, kv_source KV, detail::attention_output Out, attention_variant Variant>
+template <detail::turnable Q, kv_source KV, detail::attention_output Out, attention_variant Variant>
 void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, const Variant& variant, context& ctx) {
-  using element = std::remove_const_t<detail::element_of<Q>>;
-  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
   if constexpr (detail::output_state<Out>) {
     detail::attend(queries, kv, out, options, variant, ctx);
   } else {
@@ -259,10 +266,9 @@ void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options,
 }
 
 /// The same without a variant.
-template <tensor_like Q, kv_source KV, detail::attention_output Out>
+template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, context& ctx) {
-  using element = std::remove_const_t<detail::element_of<Q>>;
-  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
   constexpr detail::no_variant none;
   if constexpr (detail::output_state<Out>) {
     detail::attend(queries, kv, out, options, none, ctx);
@@ -272,34 +278,33 @@ void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options,
 }
 
 /// On the calling thread.
-template <tensor_like Q, kv_source KV, detail::attention_output Out>
+template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) {
   context ctx;
   attention(std::forward<Q>(q), kv, std::forward<Out>(out), options, ctx);
 }
 
 /// Attention of q [B, S, H, D] over plain keys k [B, T, G, D] and values v [B, T, G, E].
-template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out, attention_variant Variant>
+template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out, attention_variant Variant>
 void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, const Variant& variant, context& ctx) {
   attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options,
             variant, ctx);
 }
 
-template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, context& ctx) {
   attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options, ctx);
 }
 
-template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options = {}) {
   attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
 }
 
 /// The checks of attention(), and nothing else: errc::ok if the call would run.
-template <tensor_like Q, kv_source KV, detail::attention_output Out>
+template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 [[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) noexcept {
-  using element = std::remove_const_t<detail::element_of<Q>>;
-  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
   if constexpr (detail::output_state<Out>) {
     return detail::find_plain_fault(queries, kv, out, options).code;
   } else {
@@ -307,7 +312,7 @@ template <tensor_like Q, kv_source KV, detail::attention_output Out>
   }
 }
 
-template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out>
+template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 [[nodiscard]] errc check(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options = {}) noexcept {
   return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
 }

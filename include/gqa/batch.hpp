@@ -148,13 +148,15 @@ template <class Q, class KV, class Out>
   return find_memory_fault(q, kv, out_or_state, common);
 }
 
-template <class Q, class KV, class Out>
-void attend_batch(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, const KV& kv, const Out& out,
+template <class Queries, class KV, class Out>
+void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
                   const batch_options& options, context& ctx) {
+  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
   attention_options common = options.common;
   if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
-  if (const auto f = find_batch_fault(q, ragged, kv, out, options, common)) return raise(f);
+  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
+  if (const auto f = find_turns_fault(q)) return raise(f);
   std::vector<draft_masks::place> places;
   if (!options.masks.empty()) {
     auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
@@ -173,19 +175,17 @@ void attend_batch(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, c
 inline namespace GQA_ISA {
 
 /// Attention of a ragged batch of n sequences.
-/// \param q          [total_q, H, D]: a tensor_view of rank 3, or what view() takes, of batch 1
+/// \param q          [total_q, H, D]: a tensor_view of rank 3, or what view() takes, of batch 1; or turned() of one
 /// \param q_offsets  [n + 1]: 0 ascending to total_q; a sequence may have no queries
 /// \param kv         source of the keys; each sequence has a length of its own
 /// \param sequences  [n]: of the source, in any order, repeated or not
 /// \param out        [total_q, H, E] likewise, or a partial_state of [1, total_q, H, E]
 /// \throws error     as attention() does, and (errc::range, errc::shape) for offsets and sequences that do not fit
 /// Cost: as the calls one by one, but for what threads wait.
-template <detail::rows_like Q, kv_source KV, detail::rows_output Out>
+template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out>
 void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                      Out&& out, const batch_options& options, context& ctx) {
-  const auto rows = detail::as_rows(std::forward<Q>(q));
-  using element = typename decltype(rows)::value_type;
-  const tensor_view<const element, 4> queries = rows;
+  const auto queries = detail::as_turnable_rows(std::forward<Q>(q));
   const detail::ragged_rows ragged{q_offsets, sequences, options.share_prefixes};
   if constexpr (detail::output_state<Out>) {
     const auto& lse = out.lse;

@@ -26,6 +26,7 @@
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -96,30 +97,36 @@ class paged_kv_cache {
   /// shared and not full is copied.
   /// \throws error (errc::range, errc::length), (errc::capacity) if pages are lacking: nothing has changed then
   void extend(sequence_id id, index_t tokens);
-  /// Keys [t, G, D] and values [t, G, E], T or float, rounded to nearest even, of positions from `position` on, which
+  /// Keys [t, G, D], which may be turned() (rope_turns.hpp), and values [t, G, E], in T or float (of q8: half or
+  /// bfloat16, too), rounded to nearest even, of positions from `position` on, which
   /// there must be. Pages that are shared are copied.
   /// \throws error (errc::range, errc::shape, errc::length), (errc::capacity) if pages are lacking; nothing is written
-  template <detail::rows_like K, detail::rows_like V>
+  template <detail::turnable_rows K, detail::rows_like V>
   void write(index_t layer, sequence_id id, index_t position, K&& k, V&& v) {
-    const auto keys = detail::as_rows(std::forward<K>(k));
+    const auto keys = detail::as_turnable_rows(std::forward<K>(k));
     const auto values = detail::as_rows(std::forward<V>(v));
-    if (const auto f = find_write_fault(layer, id, position, keys, values)) return detail::raise(f);
-    if (const auto f = own_pages(sequence(static_cast<index_t>(id)), position, keys.extent(1))) return detail::raise(f);
-    write_rows(layer, sequence(static_cast<index_t>(id)), position, keys, values);
+    if (const auto f = find_write_fault(layer, id, position, detail::rows_of(keys), values)) return detail::raise(f);
+    if (const auto f = detail::find_turns_fault(keys)) return detail::raise(f);
+    auto source = detail::keys_of(keys);  // whose memory may fail
+    if (const auto f = own_pages(sequence(static_cast<index_t>(id)), position, values.extent(1)))
+      return detail::raise(f);
+    write_rows(layer, sequence(static_cast<index_t>(id)), position, source, values);
   }
   /// Of a model of one layer: extend() and write().
-  template <detail::rows_like K, detail::rows_like V>
+  template <detail::turnable_rows K, detail::rows_like V>
   void append(sequence_id id, K&& k, V&& v) {
-    const auto keys = detail::as_rows(std::forward<K>(k));
+    const auto keys = detail::as_turnable_rows(std::forward<K>(k));
     const auto values = detail::as_rows(std::forward<V>(v));
     if (layers_ != 1)
       return detail::raise(detail::make_fault(errc::option, "append: expected a cache of one layer, got %lld",
                                               detail::printable(layers_)));
-    if (const auto f = find_rows_fault(id, keys, values)) return detail::raise(f);
+    if (const auto f = find_rows_fault(id, detail::rows_of(keys), values)) return detail::raise(f);
+    if (const auto f = detail::find_turns_fault(keys)) return detail::raise(f);
+    auto source = detail::keys_of(keys);
     const index_t position = length(id);
-    if (const auto f = find_extend_fault(id, keys.extent(1))) return detail::raise(f);
-    grow(sequence(static_cast<index_t>(id)), keys.extent(1));
-    write_rows(0, sequence(static_cast<index_t>(id)), position, keys, values);
+    if (const auto f = find_extend_fault(id, values.extent(1))) return detail::raise(f);
+    grow(sequence(static_cast<index_t>(id)), values.extent(1));
+    write_rows(0, sequence(static_cast<index_t>(id)), position, source, values);
   }
 
   /// Forgets tokens from position `length` on; pages that nobody else has are free again.
@@ -222,8 +229,8 @@ class paged_kv_cache {
   [[nodiscard]] detail::fault own_pages(paged_sequence& s, index_t position, index_t tokens);
   /// Panels that begin within tokens [begin, end) hold no NaN of those who had the page before.
   void clean(const paged_sequence& s, index_t begin, index_t end) noexcept;
-  template <class K, class V>
-  void write_rows(index_t layer, const paged_sequence& s, index_t position, const tensor_view<K, 4>& k,
+  template <class Keys, class V>
+  void write_rows(index_t layer, const paged_sequence& s, index_t position, Keys& keys,
                   const tensor_view<V, 4>& v) noexcept;
 
   index_t layers_ = 0, page_size_ = detail::panel_tokens, kv_heads_ = 0, head_dim_ = 1, value_dim_ = 1;
@@ -397,17 +404,18 @@ detail::fault paged_kv_cache<T>::find_write_fault(index_t layer, sequence_id id,
 }
 
 template <class T>
-template <class K, class V>
-void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index_t position, const tensor_view<K, 4>& k,
+template <class Keys, class V>
+void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index_t position, Keys& keys,
                                    const tensor_view<V, 4>& v) noexcept {
-  static_assert(detail::is_taken_by_cache_of<K, T> && detail::is_taken_by_cache_of<V, T>,
+  static_assert(detail::is_taken_by_cache_of<typename Keys::element, T> && detail::is_taken_by_cache_of<V, T>,
                 "gqa: a paged_kv_cache takes what it holds, or float");
   for (index_t g = 0; g < kv_heads_; ++g) {
-    detail::for_each_panel(position, position + k.extent(1), [&](index_t first, detail::panel_range tokens) {
+    detail::for_each_panel(position, position + v.extent(1), [&](index_t first, detail::panel_range tokens) {
       tokens.starts = false;  // others may have been written before
       const index_t row = first + tokens.begin - position;
       const panel at = panel_at(s, layer, g, first);
-      detail::pack_key_panel(&k(0, row, g, 0), k.stride(1), tokens, head_dim_, pool_.elements() + at.key_at);
+      const auto rows = keys(0, row, g, tokens.end - tokens.begin);
+      detail::pack_key_panel(rows.first, rows.stride, tokens, head_dim_, pool_.elements() + at.key_at);
       const bool nonfinite =
           detail::pack_value_panel(&v(0, row, g, 0), v.stride(1), tokens, value_dim_, pool_.elements() + at.value_at);
       std::uint8_t& flag = pool_.flags()[at.flag];

@@ -12,7 +12,8 @@
 ///     llama3  f_i / s for wavelengths above L / low, f_i for those below L / high, between them a ramp in 1 /
 ///     wavelength
 ///             (the released code of Llama 3.1)
-/// The product of a query and a key then depends on their distance alone.
+/// The product of a query and a key then depends on their distance alone. Rows are turned in memory by rotate(), or on
+/// their way into a call or a cache: turned() (rope_turns.hpp).
 #pragma once
 
 #include <algorithm>
@@ -28,15 +29,12 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/rows.hpp>
-#include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
+#include <gqa/rope_turns.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {
-
-/// Which elements of a row turn together: (2 i, 2 i + 1) (GPT-J, the checkpoints of Llama), or (i, i + d / 2)
-/// (GPT-NeoX, Hugging Face's permuted Llama).
-enum class rope_pairing { neighbours, halves };
 
 enum class rope_scaling { none, linear, ntk, yarn, llama3 };
 
@@ -52,25 +50,6 @@ struct rope_options {
 };
 
 inline namespace GQA_ISA {
-
-/// Sines and cosines of tokens' positions, for all layers and heads of a step. A: accumulators of what is turned.
-template <class A>
-class rope_turns {
- public:
-  [[nodiscard]] index_t tokens() const noexcept { return tokens_; }
-  [[nodiscard]] index_t pairs() const noexcept { return pairs_; }
-
- private:
-  friend class rope;
-  rope_turns(index_t tokens, index_t pairs)
-      : tokens_(tokens), pairs_(pairs), turns_(static_cast<std::size_t>(2 * tokens * pairs)) {}
-  /// [pairs] of a token.
-  [[nodiscard]] A* cosines(index_t token) noexcept { return turns_.data() + 2 * pairs_ * token; }
-  [[nodiscard]] const A* cosines(index_t token) const noexcept { return turns_.data() + 2 * pairs_ * token; }
-
-  index_t tokens_, pairs_;
-  std::vector<A> turns_;  // [tokens][cosines, sines]
-};
 
 class rope {
  public:
@@ -91,12 +70,11 @@ class rope {
   [[nodiscard]] rope_turns<A> turns(std::span<const index_t> positions, context& ctx) const {
     if (const auto f = find_positions_fault("positions", positions)) {
       detail::raise(f);
-      return {0, pairs()};
+      return {0, pairs(), options_.pairing};
     }
-    rope_turns<A> made(static_cast<index_t>(positions.size()), pairs());
+    rope_turns<A> made(static_cast<index_t>(positions.size()), pairs(), options_.pairing);
     ctx.for_each(made.tokens(), [&](index_t token, index_t) {
-      A* const cosines = made.cosines(token);
-      A* const sines = cosines + pairs();
+      A *const cosines = made.cosines(token), *const sines = made.sines(token);
       const auto position = static_cast<double>(positions[static_cast<std::size_t>(token)]);
       for (index_t i = 0; i < pairs(); ++i) {
         const double angle = position * frequencies_[static_cast<std::size_t>(i)];
@@ -171,13 +149,11 @@ class rope {
   template <class T, class A>
   [[nodiscard]] detail::fault find_rows_fault(const tensor_view<T, 4>& rows,
                                               const rope_turns<A>& turns) const noexcept {
-    static_assert(std::is_same_v<A, accumulator_t<T>>, "gqa: turns must be of the accumulator of the rows");
     if (const auto f = find_head_dim_fault(rows)) return f;
-    if (turns.tokens() != rows.extent(0) * rows.extent(1) || turns.pairs() != pairs())
-      return detail::make_fault(errc::shape, "turns: expected %lld tokens of %lld pairs, got %lld of %lld",
-                                detail::printable(rows.extent(0) * rows.extent(1)), detail::printable(pairs()),
-                                detail::printable(turns.tokens()), detail::printable(turns.pairs()));
-    return {};
+    if (turns.pairs() != pairs() || turns.pairing() != options_.pairing)
+      return detail::make_fault(errc::shape, "turns: expected those of this rope, of %lld pairs, got some of %lld",
+                                detail::printable(pairs()), detail::printable(turns.pairs()));
+    return detail::find_turns_fault(rows, turns);
   }
 
   /// Checked rows, whose turns are made for so many tokens at a time.
@@ -199,19 +175,10 @@ class rope {
 
   template <class T, class A>
   void rotate_rows(const tensor_view<T, 4>& x, const rope_turns<A>& turns, context& ctx) const {
-    const bool halves = options_.pairing == rope_pairing::halves;
     ctx.for_each(turns.tokens(), [&](index_t token, index_t) {
-      const A* const cosines = turns.cosines(token);
-      const A* const sines = cosines + pairs();
       for (index_t h = 0; h < x.extent(2); ++h) {
         T* const row = &x(token / x.extent(1), token % x.extent(1), h, 0);
-        for (index_t i = 0; i < pairs(); ++i) {
-          T& first = row[halves ? i : 2 * i];
-          T& second = row[halves ? i + pairs() : 2 * i + 1];
-          const A u = static_cast<A>(first), v = static_cast<A>(second);
-          first = static_cast<T>(detail::scalar_madd(u, cosines[i], detail::scalar_mul(-v, sines[i])));
-          second = static_cast<T>(detail::scalar_madd(u, sines[i], detail::scalar_mul(v, cosines[i])));
-        }
+        detail::turn_pairs(row, turns, token, [row](index_t d, A turned) { row[d] = static_cast<T>(turned); });
       }
     });
   }

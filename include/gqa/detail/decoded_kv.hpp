@@ -64,8 +64,8 @@ template <class Source>
   return kv;
 }
 template <class Source>
-requires std::is_same_v<typename Source::panel_element, q8> [[nodiscard]] decoded_kv<Source> as_elements(
-    const Source& kv) noexcept {
+requires std::is_same_v<typename Source::panel_element, q8>
+[[nodiscard]] decoded_kv<Source> as_elements(const Source& kv) noexcept {
   return decoded_kv<Source>(kv);
 }
 

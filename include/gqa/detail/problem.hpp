@@ -16,8 +16,10 @@
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/options.hpp>
+#include <gqa/rope_turns.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa::detail {
@@ -29,6 +31,10 @@ struct query_rows {
   const void* data = nullptr;
   std::array<index_t, 3> strides{};
   void (*load_row)(const void*, index_t offset, index_t dim, double factor, L* to) noexcept = nullptr;
+  // Rows to be turned first, into accumulators.
+  const rope_turns<A>* turns = nullptr;
+  index_t tokens = 0;  // of a sequence
+  void (*turn)(const query_rows&, index_t offset, index_t dim, index_t token, A* to) noexcept = nullptr;
 
   template <class Q>
   static query_rows of(const tensor_view<const Q, 4>& q) noexcept {
@@ -57,8 +63,24 @@ struct query_rows {
             }};
   }
 
-  void load(index_t b, index_t s, index_t h, index_t dim, double factor, L* to) const noexcept {
-    load_row(data, b * strides[0] + s * strides[1] + h * strides[2], dim, factor, to);
+  template <class Q>
+  static query_rows of(const turned_rows<tensor_view<const Q, 4>, A>& q) noexcept {
+    query_rows rows = of(q.rows);
+    rows.load_row = of(tensor_view<const A, 4>()).load_row;  // of those that have been turned
+    rows.turns = &q.turns;
+    rows.tokens = q.rows.extent(0) == 1 ? 0 : q.rows.extent(1);
+    rows.turn = [](const query_rows& self, index_t offset, index_t dim, index_t token, A* to) noexcept {
+      turn_row(static_cast<const Q*>(self.data) + offset, dim, *self.turns, token, to);
+    };
+    return rows;
+  }
+
+  /// turned [dim]: scratch, where there are turns.
+  void load(index_t b, index_t s, index_t h, index_t dim, double factor, L* to, A* turned = nullptr) const noexcept {
+    const index_t offset = b * strides[0] + s * strides[1] + h * strides[2];
+    if (turns == nullptr) return load_row(data, offset, dim, factor, to);
+    turn(*this, offset, dim, b * tokens + s, turned);
+    load_row(turned, 0, dim, factor, to);
   }
 };
 

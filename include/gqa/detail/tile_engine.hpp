@@ -55,6 +55,7 @@ template <class P, class L>
 struct workspace {
   using A = accumulator_t<P>;
   L* q;                    // [rows, q_stride]
+  A* turned;               // [q_stride], a row of queries that is turned before it is loaded
   A* s;                    // [rows, 64], scores; of rows read in place [run_tiles, rows, 64]
   weight_element<L>* p;    // the same of weights; in the place of the scores where they have one type
   A* lanes;                // [rows, packet_size], of weights that the softmax sums
@@ -81,6 +82,7 @@ struct workspace {
       take(states.out, rows * out_stride);
     };
     take(w.q, rows * q_stride);
+    take(w.turned, q_stride);
     take(w.s, score_rows * tile_tokens);
     if constexpr (std::is_same_v<A, weight_element<L>>) {
       w.p = w.s;
@@ -197,7 +199,8 @@ class tile_engine {
     const index_t dim = problem_.shape.head_dim;
     for_each_row(t, [&](index_t r, const row_index& row) {
       L* const to = w.q + r * q_stride();
-      problem_.q.load(row.batch, problem_.row_of(row.batch, row.query), row.q_head, dim, rules_.query_factor(), to);
+      problem_.q.load(row.batch, problem_.row_of(row.batch, row.query), row.q_head, dim, rules_.query_factor(), to,
+                      w.turned);
       if constexpr (!std::is_same_v<L, q8>) std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
     });
   }

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,7 @@
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
@@ -47,18 +49,18 @@ class tiled_cache {
   using element = T;
   using panel_element = T;
 
-  /// Appends t tokens to every sequence, rounded to nearest even.
+  /// Appends t tokens to every sequence, rounded to nearest even. k may be turned() (rope_turns.hpp).
   /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float (of q8: half or bfloat16, too); t >= 0, sequences may
   /// differ in length \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
-  template <tensor_like K, tensor_like V>
+  template <turnable K, tensor_like V>
   void append(K&& k, V&& v) {
-    append_to(0, batch_, as_view(std::forward<K>(k)), as_view(std::forward<V>(v)));
+    append_to(0, batch_, as_turnable(std::forward<K>(k)), as_view(std::forward<V>(v)));
   }
   /// The same to one sequence. k, v: [1, t, G, D] and [1, t, G, E].
-  template <tensor_like K, tensor_like V>
+  template <turnable K, tensor_like V>
   void append(index_t sequence, K&& k, V&& v) {
     if (const auto f = find_sequence_fault(sequence)) return raise(f);
-    append_to(sequence, 1, as_view(std::forward<K>(k)), as_view(std::forward<V>(v)));
+    append_to(sequence, 1, as_turnable(std::forward<K>(k)), as_view(std::forward<V>(v)));
   }
 
   /// Tokens of a sequence; 0 for a sequence that there is not.
@@ -143,8 +145,8 @@ class tiled_cache {
   [[nodiscard]] const cache_slots& slots() const noexcept { return slots_; }
 
  private:
-  template <class K, class V>
-  void append_to(index_t first, index_t count, const tensor_view<K, 4>& k, const tensor_view<V, 4>& v);
+  template <class Keys, class V>
+  void append_to(index_t first, index_t count, const Keys& k, const tensor_view<V, 4>& v);
   template <class K, class V>
   [[nodiscard]] fault find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
                                         const tensor_view<V, 4>& v) const noexcept;
@@ -232,14 +234,16 @@ fault tiled_cache<T>::find_append_fault(index_t first, index_t count, const tens
 }
 
 template <class T>
-template <class K, class V>
-void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) {
+template <class Keys, class V>
+void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, const tensor_view<V, 4>& v) {
+  using K = typename std::remove_cvref_t<decltype(rows_of(k))>::value_type;
   static_assert(is_taken_by_cache_of<K, T> && is_taken_by_cache_of<V, T>, "gqa: a cache takes what it holds, or float");
-  if (const auto f = find_append_fault(first, count, k, v)) return raise(f);
-  const auto keys = without_idle_strides(k);
+  if (const auto f = find_append_fault(first, count, rows_of(k), v)) return raise(f);
+  if (const auto f = find_turns_fault(k)) return raise(f);
+  auto keys = keys_of(k);
   const auto values = without_idle_strides(v);
   for (index_t b = first; b < first + count; ++b) {
-    const index_t before = lengths_[b], after = before + k.extent(1);
+    const index_t before = lengths_[b], after = before + v.extent(1);
     for (index_t g = 0; g < kv_heads_; ++g) {
       for_each_panel(before, after, [&](index_t panel, panel_range tokens) {
         const index_t row = panel + tokens.begin - before, tile = panel / tile_tokens;
@@ -249,8 +253,8 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const tensor_view<K
         const index_t in_tile = panel % tile_tokens / panel_tokens;
         T* const to = tiles_ + at * elements_of_tile();
         T* const to_values = to + tile_panels * key_panel_elements<T>(head_dim_);
-        pack_key_panel(&keys(b - first, row, g, 0), keys.stride(1), tokens, head_dim_,
-                       to + in_tile * key_panel_elements<T>(head_dim_));
+        const auto rows = keys(b - first, row, g, tokens.end - tokens.begin);
+        pack_key_panel(rows.first, rows.stride, tokens, head_dim_, to + in_tile * key_panel_elements<T>(head_dim_));
         const bool nonfinite = pack_value_panel(&values(b - first, row, g, 0), values.stride(1), tokens, value_dim_,
                                                 to_values + in_tile * value_panel_elements<T>(value_dim_));
         const auto bit = static_cast<std::uint8_t>(1u << in_tile);
