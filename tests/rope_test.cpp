@@ -198,7 +198,7 @@ void expect_turned_keys() {
     for (index_t i = 0; i < 2 * tokens * heads * dim; ++i)
       k.push_back(static_cast<Row>(static_cast<float>(random.normal())));
     auto rotated = k;
-    const std::vector<index_t> first{0, 0};
+    const std::vector<index_t> first{0, 30};
     const auto rows = [&](std::vector<Row>& x) { return view(x.data(), {2, tokens, heads, dim}); };
     r.rotate(rows(rotated), first, ctx);
     kv_cache<T> expected(2, heads, tokens, dim), actual(2, heads, tokens, dim), one(2, heads, tokens, dim);
@@ -207,11 +207,11 @@ void expect_turned_keys() {
     expected.append(rows(rotated), rows(rotated));
     for (index_t t = 0; t < tokens;) {
       const index_t piece = std::min<index_t>(random.between(1, 40), tokens - t);
-      std::vector<index_t> positions(static_cast<std::size_t>(piece));
-      std::iota(positions.begin(), positions.end(), t);
-      const auto turns = r.turns<float>(positions, ctx);
-      positions.insert(positions.end(), positions.begin(), positions.begin() + piece);
+      std::vector<index_t> positions(static_cast<std::size_t>(2 * piece));
+      std::iota(positions.begin(), positions.begin() + piece, t);
+      std::iota(positions.begin() + piece, positions.end(), t + 30);
       const auto of_both = r.turns<float>(positions, ctx);
+      const auto turns = r.turns<float>(std::span(positions).subspan(static_cast<std::size_t>(piece)), ctx);
       actual.append(turned(slice(rows(k), 1, t, piece), of_both), slice(rows(rotated), 1, t, piece));
       const auto of_second = slice(slice(rows(k), 0, 1, 1), 1, t, piece);
       one.append(1, turned(of_second, turns), of_second);

@@ -30,9 +30,11 @@
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline
 #include <gqa/ring_kv_cache.hpp>  // ring_kv_cache: the first tokens and the newest ones, in memory that does not grow
 #include <gqa/rope.hpp>           // rope: rotary position embedding, with linear, NTK, YaRN and Llama 3 scaling
+#include <gqa/rope_turns.hpp>     // turned(): rows that rope turns on their way into a call or a cache
 #include <gqa/state.hpp>          // partial_state, merge(), merge_many()
-#include <gqa/tensor_view.hpp>    // tensor_view, view() and view_as() of raw memory
-#include <gqa/variants.hpp>       // attention_variant: your own scores and masks
-#include <gqa/version.hpp>        // GQA_VERSION_MAJOR, _MINOR, _PATCH
+#include <gqa/streaming_attention.hpp>     // streaming_attention(): over a ring, with positions of the cache
+#include <gqa/tensor_view.hpp>             // tensor_view, view() and view_as() of raw memory
+#include <gqa/variants.hpp>                // attention_variant: your own scores and masks
+#include <gqa/version.hpp>                 // GQA_VERSION_MAJOR, _MINOR, _PATCH
 #include <gqa/within_group_attention.hpp>  // within_group_attention(): each query on the keys of its own group
 // IWYU pragma: end_exports
