@@ -138,9 +138,13 @@ template <class T>
 // Causal attention of float queries over a cache of T: the norm of what outputs are off by over theirs, and the mean
 // divergence of the weights from those of keys as they were.
 template <class T>
-void add_accuracy(const std::string& data, const char* dtype, const std::vector<activations>& layers) {
+void add_accuracy(const std::string& data, const char* dtype, const std::vector<activations>& layers,
+                  bool float_products = false) {
   if (layers.empty()) return;
-  add("accuracy/cache/" + std::string(dtype) + "/" + data, [layers](benchmark::State& state) {
+  add("accuracy/cache/" + std::string(dtype) + "/" + data, [=](benchmark::State& state) {
+    attention_options options{.causal = true};
+    if (float_products) options.float_products = true;
+    const bool rounds_queries = std::is_same_v<T, q8> && detail::has_dot<q8> && !float_products;
     for (auto _ : state) {
       double off = 0, norm = 0, divergence = 0, rows = 0;
       for (const activations& a : layers) {
@@ -150,15 +154,14 @@ void add_accuracy(const std::string& data, const char* dtype, const std::vector<
         cache.append(k, v);
         std::vector<float> out(a.q.size());
         std::vector<double> exact(a.q.size());
-        attention(q, cache, tensor_view<float, 4>(out.data(), {1, a.tokens, a.heads, a.dim}), {.causal = true});
-        reference::attention(q, k, v, tensor_view<double, 4>(exact.data(), {1, a.tokens, a.heads, a.dim}),
-                             {.causal = true});
+        attention(q, cache, tensor_view<float, 4>(out.data(), {1, a.tokens, a.heads, a.dim}), options);
+        reference::attention(q, k, v, tensor_view<double, 4>(exact.data(), {1, a.tokens, a.heads, a.dim}), options);
         for (std::size_t i = 0; i < out.size(); ++i) {
           const double d = static_cast<double>(out[i]) - exact[i];
           off += d * d, norm += exact[i] * exact[i];
         }
         const std::vector<float> keys = stored<T>(a.k, a.dim);
-        const std::vector<float> queries = std::is_same_v<T, q8> && detail::has_dot<q8> ? stored<T>(a.q, a.dim) : a.q;
+        const std::vector<float> queries = rounds_queries ? stored<T>(a.q, a.dim) : a.q;
         for (index_t s = 0; s < a.tokens; s += 5) {
           for (index_t h = 0; h < a.heads; ++h, ++rows) {
             const std::vector<double> p = softmax(a.q, a.k, a, s, h), actual = softmax(queries, keys, a, s, h);
@@ -191,6 +194,7 @@ void add_all() {
     add_accuracy<Eigen::half>(name, "f16", layers);
     add_accuracy<bfloat16>(name, "bf16", layers);
     add_accuracy<q8>(name, "q8", layers);
+    add_accuracy<q8>(name, "q8_float_products", layers, true);
   }
 }
 

@@ -37,8 +37,9 @@ struct attention_options {
   std::span<const index_t> kv_lengths = {};              ///< [B] valid keys, the rest is padding; empty: all
   std::span<const index_t> group_offsets =
       {};  ///< [G+1]: KV head g serves query heads [off[g], off[g+1]); empty: equal
-  /// Over bfloat16 keys: whether queries and weights meet them as floats, or rounded to bfloat16 for the hardware's dot
-  /// products where it has them (docs/01_numerics.md). Default: as floats if the queries are floats.
+  /// Over bfloat16 and 8-bit keys: whether queries and weights meet them as floats, or rounded for the hardware's dot
+  /// products where it has them (docs/01_numerics.md). Default: over bfloat16 as floats if the queries are floats, over
+  /// 8 bits rounded.
   std::optional<bool> float_products = {};
 };
 
