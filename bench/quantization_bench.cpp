@@ -9,6 +9,7 @@
 #include <numeric>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -31,9 +32,9 @@ template <class F>
 benchmark::internal::Benchmark* add(const std::string& name, const F& run) {
   return benchmark::RegisterBenchmark(name.c_str(), run)->Unit(benchmark::kMillisecond);
 }
-[[nodiscard]] std::string name_of(const char* family, const shape& n, int threads) {
+[[nodiscard]] std::string name_of(const char* family, const char* dtype, const shape& n, int threads) {
   const auto counted = [](const char* what, index_t count) { return what + std::to_string(count); };
-  std::string name = std::string(family) + "/cache/q8/" + counted("q", n.q_len);
+  std::string name = std::string(family) + "/cache/" + dtype + "/" + counted("q", n.q_len);
   name += counted("t", n.kv_len), name += counted("h", n.q_heads), name += counted("g", n.kv_heads);
   name += counted("d", n.head_dim);
   return name += counted("/t", threads);
@@ -46,20 +47,25 @@ template <class T>
   return cache;
 }
 
-// One call over both types in turn, with queries in bfloat16.
-void add_turns(const char* family, const shape& n, int threads, int rounds) {
-  add(name_of(family, n, threads),
+// Of an element, with its share of a scale.
+template <class T>
+constexpr double bytes_of = std::is_same_v<T, q8> ? 1 + 2 / 32.0 : sizeof(T);
+
+// One call over T and over bfloat16 in turn, with queries in bfloat16.
+template <class T>
+void add_turns(const char* family, const char* dtype, const shape& n, int threads, int rounds) {
+  add(name_of(family, dtype, n, threads),
       [=](benchmark::State& state) {
         const workers w(threads);
         operands<bfloat16, bfloat16> in(n, layout::bshd);
         const kv_cache<bfloat16> wide = filled<bfloat16>(n, in);
-        const kv_cache<q8> narrow = filled<q8>(n, in);
+        const kv_cache<T> narrow = filled<T>(n, in);
         const attention_options options{.causal = true};
         const auto over = [&](const auto& cache) { attention(in.q.view(), cache, in.out.view(), options, *w); };
         over(wide), over(narrow);
-        // Bytes of a key and a value with their scales.
-        const double bytes =
-            static_cast<double>(n.batch * n.kv_len * n.kv_heads * (n.head_dim + n.value_dim)) * (1 + 2 / 32.0);
+        const auto rows = static_cast<double>(n.batch * n.kv_len * n.kv_heads);
+        const double bytes = rows * (static_cast<double>(n.head_dim) * bytes_of<detail::key_type<T>> +
+                                     static_cast<double>(n.value_dim) * bytes_of<detail::value_type<T>>);
         samples own, ratios, of_read;
         for (auto _ : state) {
           const double before = n.q_len == 1 ? memory().rate(*w) : 0;
@@ -144,7 +150,7 @@ void add_accuracy(const std::string& data, const char* dtype, const std::vector<
   add("accuracy/cache/" + std::string(dtype) + "/" + data, [=](benchmark::State& state) {
     attention_options options{.causal = true};
     if (float_products) options.float_products = true;
-    const bool rounds_queries = std::is_same_v<T, q8> && detail::has_dot<q8> && !float_products;
+    const bool rounds_queries = std::is_same_v<detail::key_type<T>, q8> && detail::has_dot<q8> && !float_products;
     for (auto _ : state) {
       double off = 0, norm = 0, divergence = 0, rows = 0;
       for (const activations& a : layers) {
@@ -179,12 +185,14 @@ void add_accuracy(const std::string& data, const char* dtype, const std::vector<
 void add_all() {
   const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const index_t h = 32, d = 128;
-  add_turns("decode", {1, 1, 256, 8, 2, 64, 64}, 1, 3);  // to see that it runs
+  add_turns<q8>("decode", "q8", {1, 1, 256, 8, 2, 64, 64}, 1, 3);  // to see that it runs
   for (const int t : all > 1 ? std::vector{1, all} : std::vector{1}) {
-    for (const index_t heads : {8, 32, 64}) add_turns("decode", {1, 1, 65536, heads, 8, d, d}, t, 15);
-    for (const index_t n : {2048, 4096}) add_turns("prefill", {1, n, n, h, 8, d, d}, t, 7);
-    add_turns("prefill", {1, 2048, 2048, h, 8, 64, 64}, t, 7);
-    add_turns("append", {1, 64, 8192, h, 8, d, d}, t, 9);
+    for (const index_t heads : {8, 32, 64}) add_turns<q8>("decode", "q8", {1, 1, 65536, heads, 8, d, d}, t, 15);
+    add_turns<kv_types<bfloat16, q8>>("decode", "bf16_q8", {1, 1, 65536, h, 8, d, d}, t, 15);
+    add_turns<kv_types<q8, bfloat16>>("decode", "q8_bf16", {1, 1, 65536, h, 8, d, d}, t, 15);
+    for (const index_t n : {2048, 4096}) add_turns<q8>("prefill", "q8", {1, n, n, h, 8, d, d}, t, 7);
+    add_turns<q8>("prefill", "q8", {1, 2048, 2048, h, 8, 64, 64}, t, 7);
+    add_turns<q8>("append", "q8", {1, 64, 8192, h, 8, d, d}, t, 9);
   }
   const std::pair<std::string, std::vector<activations>> data[] = {{"stories260k", real_activations()},
                                                                    {"normal", normal_activations(1, 1)},
@@ -193,6 +201,7 @@ void add_all() {
     add_accuracy<float>(name, "f32", layers);
     add_accuracy<Eigen::half>(name, "f16", layers);
     add_accuracy<bfloat16>(name, "bf16", layers);
+    add_accuracy<kv_types<bfloat16, q8>>(name, "bf16_q8", layers);
     add_accuracy<q8>(name, "q8", layers);
     add_accuracy<q8>(name, "q8_float_products", layers, true);
   }

@@ -245,6 +245,7 @@ TEST(PagedKvCache, HasTheBitsOfAKvCacheInEightBits) {
   expect_any_history<q8>({2, 4, 2, 24, 40}, 16, 500, 20);
   expect_any_history<q8>({1, 6, 2, 33, 17}, 48, 500, 21);
   expect_any_history<q8>({1, 8, 1, 64, 100}, 64, 500, 22);
+  expect_any_history<kv_types<Eigen::bfloat16, q8>>({1, 4, 2, 40, 24}, 32, 300, 23);
 }
 
 #ifndef GQA_NO_EXCEPTIONS

@@ -66,7 +66,7 @@ template <class Out>
 
 template <class Q, class Stored>
 concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float>&& sixteen_bit_float<Stored>) ||
-                            (std::is_same_v<Stored, q8> && storable<Q> && !std::is_same_v<Q, double>);
+                            (is_encoded<Stored> && storable<Q> && !std::is_same_v<Q, double>);
 
 /// The dtype rules of the door, one message each.
 template <class Q, class Source, class Out>
@@ -74,7 +74,7 @@ constexpr void require_dtypes() noexcept {
   using stored = typename Source::element;
   static_assert(query_element_for<Q, stored>,
                 "gqa: q must have the element type of k, or be float over 16-bit keys, or of any type but double over "
-                "8-bit ones");
+                "keys or values of 8 bits");
   static_assert(std::is_same_v<Out, float> || std::is_same_v<Out, double> || std::is_same_v<Out, Q>,
                 "gqa: out must be float, double or have the element type of q");
 }
@@ -152,7 +152,7 @@ template <class L, class Queries, class Source, class Out>
   problem<A, L> p{
       {kv.batch(), rows.extent(1), kv.kv_len(), rows.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()},
       options,
-      query_rows<A, L>::of(q),
+      query_rows<A, queries_of_left<L>>::of(q),
       {}};
   const auto out = output_view(out_or_state);
   if constexpr (output_state<Out>) {
@@ -220,13 +220,13 @@ void attend_checked(const Queries& q, const Source& kv, const Out& out_or_state,
                     const ragged_rows& ragged, const Variant& variant, context& ctx) {
   using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   using panel_element = typename Source::panel_element;
-  constexpr bool is_q8 = std::is_same_v<panel_element, q8>;
   if (output_view(out_or_state).size() == 0) return;
   if constexpr (has_dot<panel_element>) {
-    if (!options.float_products.value_or(std::is_same_v<Q, float> && !is_q8))
-      return attend_in<panel_element>(q, kv, out_or_state, options, ragged, variant, ctx);
+    using L = std::conditional_t<is_mixed<panel_element>, lefts_of<panel_element>, panel_element>;
+    if (!options.float_products.value_or(std::is_same_v<Q, float> && !is_encoded<panel_element>))
+      return attend_in<L>(q, kv, out_or_state, options, ragged, variant, ctx);
   }
-  if constexpr (is_q8) {
+  if constexpr (is_encoded<panel_element>) {
     attend_in<float>(q, decoded_kv(kv), out_or_state, options, ragged, variant, ctx);
   } else {
     attend_in<accumulator_t<panel_element>>(q, kv, out_or_state, options, ragged, variant, ctx);

@@ -21,6 +21,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/mixed.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/page_pool.hpp>
 #include <gqa/detail/q8.hpp>
@@ -74,7 +75,8 @@ class paged_layer {
 /// alone. \tparam T  float, double, Eigen::half or Eigen::bfloat16
 template <class T>
 class paged_kv_cache {
-  static_assert(detail::cacheable<T>, "gqa: a paged_kv_cache holds float, double, half, bfloat16 or q8");
+  static_assert(detail::cacheable<T>,
+                "gqa: a paged_kv_cache holds float, double, half, bfloat16, q8 or kv_types of two of them but double");
 
  public:
   using element = T;
@@ -407,7 +409,8 @@ template <class T>
 template <class Keys, class V>
 void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index_t position, Keys& keys,
                                    const tensor_view<V, 4>& v) noexcept {
-  static_assert(detail::is_taken_by_cache_of<typename Keys::element, T> && detail::is_taken_by_cache_of<V, T>,
+  static_assert(detail::is_taken_by_cache_of<typename Keys::element, detail::key_type<T>> &&
+                    detail::is_taken_by_cache_of<V, detail::value_type<T>>,
                 "gqa: a paged_kv_cache takes what it holds, or float");
   for (index_t g = 0; g < kv_heads_; ++g) {
     detail::for_each_panel(position, position + v.extent(1), [&](index_t first, detail::panel_range tokens) {

@@ -6,6 +6,9 @@
 /// takes 8.5 bits an element (bfloat16: 16), has nothing to do with its neighbours, and never changes once stored. It
 /// is encoded when it is appended, from float, half or bfloat16.
 ///
+/// kv_types<K, V> holds keys in K and values in V, of float, half, bfloat16 and q8: kv_cache<kv_types<bfloat16, q8>>.
+/// Where either is q8 the same instructions serve; bfloat16 beside it is multiplied as pairs where those are.
+///
 ///     stored element = scale * integer of [-127, 127], off by scale / 2 at most
 ///     scale          = the block's largest magnitude / 127, rounded up to a bfloat16
 ///
@@ -27,6 +30,7 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/mixed.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
@@ -48,34 +52,57 @@ struct decoded_head {
   template <class KV>
   decoded_head(const KV& kv, index_t b, index_t g, index_t keys)
       : blocks(ceil_div(kv.head_dim(), scale_channels)), value_dim(kv.value_dim()) {
+    using P = typename KV::panel_element;
     const index_t dim = kv.head_dim();
     for (index_t t = 0; t < keys; ++t) {
       const index_t first_key = t / tile_tokens * tile_tokens;
-      const kv_tile<q8> tile = kv.tile(b, g, t / tile_tokens, std::min(tile_tokens, keys - first_key), nullptr);
+      const kv_tile<P> tile = kv.tile(b, g, t / tile_tokens, std::min(tile_tokens, keys - first_key), nullptr);
       const auto panel = static_cast<std::size_t>(t % tile_tokens / panel_tokens);
       const index_t at = t % panel_tokens;
-      const q8 *const own_k = tile.k[panel], *const own_v = tile.v[panel];
+      const P *const own_k = tile.k[panel], *const own_v = tile.v[panel];
       for (index_t first = 0; first < dim; first += scale_channels) {
-        double sum = 0;
+        double sum = 0, largest = 0;
         for (index_t d = first; d < std::min(first + scale_channels, dim); ++d) {
           k.push_back(static_cast<double>(key_at(own_k, at, d, dim)));
-          sum += std::abs(k.back());
+          sum += std::abs(k.back()), largest = std::max(largest, std::abs(k.back()));
         }
-        key_scale.push_back(static_cast<double>(scale_at(own_k + key_scale_index(at, first, dim))));
+        key_scale.push_back(
+            step_of(reinterpret_cast<const key_type<P>*>(own_k), key_scale_index(at, first, dim), largest));
         key_sum.push_back(sum);
       }
       for (index_t e = 0; e < value_dim; ++e) {
         v.push_back(static_cast<double>(value_at(own_v, at, e, value_dim)));
-        value_scale.push_back(static_cast<double>(scale_at(own_v + value_scale_index(at, e, value_dim))));
+        value_scale.push_back(step_of(reinterpret_cast<const value_type<P>*>(own_v),
+                                      value_scale_index(at, e, value_dim), std::abs(v.back())));
       }
+    }
+  }
+
+ private:
+  /// Twice what elements of up to `largest`, as stored, may be off by: a scale of 8 bits, or what rounding costs.
+  template <class T>
+  [[nodiscard]] static double step_of(const T* panel, index_t scale_index, double largest) {
+    if constexpr (std::is_same_v<T, q8>) {
+      return static_cast<double>(scale_at(panel + scale_index));
+    } else if constexpr (std::is_same_v<T, float>) {
+      return 0;
+    } else {
+      const bool is_half = std::is_same_v<T, Eigen::half>;
+      return largest * (is_half ? 0x1p-10 : 0x1p-7) + (is_half ? 0x1p-24 : 0x1p-132);
     }
   }
 };
 
+/// What weights in bfloat16 may be off by, and their sum: as scores that are.
+template <class P>
+inline constexpr double weights_off =
+    has_dot<P>&& std::is_same_v<value_type<P>, Eigen::bfloat16>&& has_dot<Eigen::bfloat16> ? 0x1p-7 : 0;
+
 /// What rounding to half a step leaves, of quotients rounded to float.
 inline constexpr double half_step = 0.5 * (1 + 0x1p-15);
 
-/// A row of queries, and what its blocks of 32 channels may be off by.
+/// A row of queries, and what its blocks of 32 channels may be off by. (Half a scale of 8 bits covers a bfloat16's
+/// rounding, too.)
 struct bounded_query {
   std::vector<double> row;   // [D]
   std::vector<double> sum;   // [blocks]: of magnitudes
@@ -167,18 +194,18 @@ struct bounded_score {
 
 inline namespace GQA_ISA {
 
-/// How far attention over a source of q8 may be from exact attention over the keys and values that were appended to it:
-/// no element of a row's output, in float, is off by more. Derived from the stored scales; holds with and without
-/// float_products. Infinite for rows that see NaN.
-/// \param q        [B, S, H, D]: float, half or bfloat16
-/// \param kv       a cache of q8
+/// How far attention over a cache of q8, or of kv_types, may be from exact attention over the keys and values that were
+/// appended to it: no element of a row's output, in float, is off by more. Derived from the stored scales; holds with
+/// and without float_products. Infinite for rows that see NaN. \param q        [B, S, H, D]: float, half or bfloat16
+/// \param kv       a cache of q8 or kv_types
 /// \param bound    [B, S, H]
 /// \param options  of the call of attention()
 /// \throws error   as attention() does
 /// Cost: O(B S H T D) in double, like reference::attention(): for tests and tools.
 template <tensor_like Q, kv_source KV>
 void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const attention_options& options = {}) {
-  static_assert(std::is_same_v<typename KV::panel_element, q8>, "gqa: error_bound() is of caches of q8");
+  using P = typename KV::panel_element;
+  static_assert(detail::is_encoded<P>, "gqa: error_bound() is of caches of q8, or of kv_types");
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> q = detail::as_view(std::forward<Q>(q_in));
   const index_t q_len = q.extent(1), q_heads = q.extent(2), dim = q.extent(3);
@@ -214,8 +241,9 @@ void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const att
             seen.push_back({-1, static_cast<double>(options.sinks[static_cast<std::size_t>(h)]), 0, 0});
           for (index_t t = 0; t < keys; ++t) {
             const position p{b, h, offset + s, t};
-            if (reference::impl::sees(options, detail::no_variant{}, p, s))
-              seen.push_back(detail::score_of(query, head, options, scale, p, s));
+            if (!reference::impl::sees(options, detail::no_variant{}, p, s)) continue;
+            seen.push_back(detail::score_of(query, head, options, scale, p, s));
+            seen.back().of_kernel += detail::weights_off<P>;
           }
           bound(b, s, h) = detail::row_bound(seen, head, keys);
         }

@@ -49,14 +49,14 @@ class ring_kv_cache : public detail::tiled_cache<T> {
   }
 
   /// Of a kv_source (kv_source.hpp).
-  using detail::tiled_cache<T>::gone_tiles;
+  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept { return this->find_gone_tiles(b); }
 
   [[nodiscard]] index_t sink_tokens() const noexcept { return sink_tokens_; }
   [[nodiscard]] index_t window() const noexcept { return window_; }
   /// Positions of a sequence that are no longer there.
   [[nodiscard]] key_range gone(index_t sequence) const noexcept {
     if (sequence < 0 || sequence >= this->batch()) return {0, 0};
-    const key_range tiles = this->gone_tiles(sequence);
+    const key_range tiles = gone_tiles(sequence);
     return {tiles.begin * detail::tile_tokens, tiles.end * detail::tile_tokens};
   }
 

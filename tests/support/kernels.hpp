@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels are most of what takes a compiler its time in a program that calls attention: tests share those that
-// kernels.cpp compiles.
+// Kernels and the calls around them are most of what takes a compiler its time in a program that calls attention: tests
+// share those that kernels.cpp and calls.cpp compile.
 #pragma once
 
 #include <gqa/gqa.hpp>
 
 #ifndef GQA_TEST_KERNEL
 #define GQA_TEST_KERNEL extern template
+#endif
+#ifndef GQA_TEST_CALL
+#define GQA_TEST_CALL extern template
 #endif
 
 // NOLINTBEGIN(bugprone-macro-parentheses): types in template arguments and declarations take none
@@ -69,6 +72,25 @@ GQA_TEST_Q8_STREAM_KERNELS(7)
 GQA_TEST_Q8_STREAM_KERNELS(8)
 #endif
 
+// Calls of the sources that many programs have.
+GQA_TEST_CALL void scheduler<dense_kv<float, float>, no_variant, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<float>, no_variant, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<Eigen::half>, no_variant, float>::run();
+GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, no_variant, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<float>, draft_masks, float>::run();
+GQA_TEST_CALL void scheduler<paged_layer<float>, draft_masks, float>::run();
+GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, float>::run();
+GQA_TEST_CALL void scheduler<decoded_kv<paged_layer<q8>>, draft_masks, float>::run();
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
+GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, Eigen::bfloat16>::run();
+GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, Eigen::bfloat16>::run();
+#endif
+#if GQA_VNNI
+GQA_TEST_CALL void scheduler<kv_cache<q8>, no_variant, q8>::run();
+GQA_TEST_CALL void scheduler<paged_layer<q8>, draft_masks, q8>::run();
+#endif
+
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
 
@@ -77,4 +99,5 @@ GQA_TEST_Q8_STREAM_KERNELS(8)
 #undef GQA_TEST_KERNELS
 #undef GQA_TEST_KERNELS_OF_ROWS
 #undef GQA_TEST_STREAM_KERNELS
+#undef GQA_TEST_CALL
 #undef GQA_TEST_KERNEL

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// A source of 8-bit tiles as one of floats: where no instruction multiplies the integers, and for float_products.
+/// A source of tiles of 8 bits, or of two types, as one of floats: where no instruction multiplies the integers, and
+/// for float_products.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <type_traits>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
-#include <gqa/detail/q8.hpp>
+#include <gqa/detail/mixed.hpp>
 #include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/variants.hpp>
@@ -17,12 +19,34 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
+/// A tile as floats in `to`, which holds tile_elements<float>(head_dim, value_dim).
+template <class P>
+[[nodiscard]] kv_tile<float> decode_tile(const kv_tile<P>& tile, index_t head_dim, index_t value_dim,
+                                         float* to) noexcept {
+  const index_t columns = padded_value_dim(value_dim);
+  float* const values = to + tile_panels * key_panel_elements<float>(head_dim);
+  for (index_t n = 0; n < tile_panels; ++n) {
+    const P* const keys_from = tile.k[static_cast<std::size_t>(n)];
+    const P* const values_from = tile.v[static_cast<std::size_t>(n)];
+    float* const keys_to = to + n * key_panel_elements<float>(head_dim);
+    float* const values_to = values + n * value_panel_elements<float>(value_dim);
+    for (index_t t = 0; t < panel_tokens; ++t) {
+      for (index_t d = 0; d < head_dim; ++d)
+        keys_to[key_index<float>(t, d)] = static_cast<float>(key_at(keys_from, t, d, head_dim));
+      for (index_t e = 0; e < columns; ++e)
+        values_to[value_index<float>(t, e, value_dim)] =
+            e < value_dim ? static_cast<float>(value_at(values_from, t, e, value_dim)) : 0.0F;
+    }
+  }
+  return contiguous_tile<float>(to, head_dim, value_dim, tile.nonfinite_values);
+}
+
 /// Tiles are decoded when they are asked for: as plain tensors are packed, once in prefill, by each row tile in decode.
 /// The source outlives it.
 template <class Source>
 class decoded_kv {
  public:
-  using element = q8;
+  using element = typename Source::element;
   using panel_element = float;
 
   explicit decoded_kv(const Source& kv) noexcept : kv_(kv) {}
@@ -58,13 +82,13 @@ class decoded_kv {
   const Source& kv_;
 };
 
-/// What reads single elements of tiles works from: the source, or, of 8 bits, a decoded_kv of it.
+/// What reads single elements of tiles works from: the source, or, where they are encoded, a decoded_kv of it.
 template <class Source>
 [[nodiscard]] const Source& as_elements(const Source& kv) noexcept {
   return kv;
 }
 template <class Source>
-requires std::is_same_v<typename Source::panel_element, q8>
+requires is_encoded<typename Source::panel_element>
 [[nodiscard]] decoded_kv<Source> as_elements(const Source& kv) noexcept {
   return decoded_kv<Source>(kv);
 }

@@ -70,7 +70,7 @@ template <class L, class A>
   const auto weight = [&](int v) {
     return exp2_packet<A, weight_element<L>, headroom>(sub(load(s + v * width), shift));
   };
-  if constexpr (std::is_same_v<L, q8>) {
+  if constexpr (std::is_same_v<weights_of_left<L>, q8>) {
     packet<A> sum = zeros<A>();
     for (int v = 0; v < vectors; ++v) {
       const packet<A> some = weight(v);

@@ -29,7 +29,10 @@ using packed_element =
 
 /// What a cache may hold, and what a cache of T takes: that, or floats; of 8 bits, any rows but double.
 template <class T>
-concept cacheable = storable<T> || std::is_same_v<T, q8>;
+inline constexpr bool is_narrow_or_float = std::is_same_v<T, q8> || (storable<T> && !std::is_same_v<T, double>);
+template <class T>
+concept cacheable = storable<T> || std::is_same_v<T, q8> ||
+    (is_mixed<T>&& is_narrow_or_float<key_type<T>>&& is_narrow_or_float<value_type<T>>);
 template <class X, class T>
 inline constexpr bool is_taken_by_cache_of = std::is_same_v<std::remove_const_t<X>, float> ||
                                              (std::is_same_v<T, q8> ? sixteen_bit_float<std::remove_const_t<X>>
@@ -37,14 +40,16 @@ inline constexpr bool is_taken_by_cache_of = std::is_same_v<std::remove_const_t<
 
 /// What a stored element reads as.
 template <class T>
-using read_element = std::conditional_t<std::is_same_v<T, q8>, float, T>;
+using read_element = std::conditional_t<is_encoded<T>, float, T>;
 
 /// Element (t, d) of a panel's keys, and (t, e) of its values. (Of 8 bits: q8.hpp.)
 template <class P>
+requires storable<P>
 [[nodiscard]] P key_at(const P* panel, index_t t, index_t d, index_t) noexcept {
   return panel[key_index<P>(t, d)];
 }
 template <class P>
+requires storable<P>
 [[nodiscard]] P value_at(const P* panel, index_t t, index_t e, index_t value_dim) noexcept {
   return panel[value_index<P>(t, e, value_dim)];
 }
@@ -148,6 +153,7 @@ template <class P, class T>
 
 /// A panel's values of the tokens whose bits are set, zeros for the others. (Of 8 bits: q8.hpp.)
 template <class P>
+requires storable<P>
 void keep_values(const P* panel, std::uint64_t bits, index_t columns, P* to) noexcept {
   for (index_t e = 0; e < columns; ++e) {
     for (index_t t = 0; t < panel_tokens; ++t) {

@@ -16,6 +16,7 @@
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/turned.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/options.hpp>
@@ -151,7 +152,7 @@ template <class A, class L>
 struct problem {
   call_shape shape;
   attention_options options;
-  query_rows<A, L> q;
+  query_rows<A, queries_of_left<L>> q;
   output_rows<A> out;
   ragged_rows ragged = {};
 

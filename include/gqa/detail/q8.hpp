@@ -180,24 +180,5 @@ inline void keep_values(const q8* panel, std::uint64_t bits, index_t columns, q8
   return element * scale_at(panel + value_scale_index(t, e, dim));
 }
 
-/// A tile as floats in `to`, which holds tile_elements<float>(head_dim, value_dim).
-[[nodiscard]] inline kv_tile<float> decode_tile(const kv_tile<q8>& tile, index_t head_dim, index_t value_dim,
-                                                float* to) noexcept {
-  const index_t columns = padded_value_dim(value_dim);
-  float* const values = to + tile_panels * key_panel_elements<float>(head_dim);
-  for (index_t n = 0; n < tile_panels; ++n) {
-    const q8 *const keys_from = tile.k[static_cast<std::size_t>(n)], *const values_from =
-                                                                         tile.v[static_cast<std::size_t>(n)];
-    float* const keys_to = to + n * key_panel_elements<float>(head_dim);
-    float* const values_to = values + n * value_panel_elements<float>(value_dim);
-    for (index_t t = 0; t < panel_tokens; ++t) {
-      for (index_t d = 0; d < head_dim; ++d) keys_to[key_index<float>(t, d)] = key_at(keys_from, t, d, head_dim);
-      for (index_t e = 0; e < columns; ++e)
-        values_to[value_index<float>(t, e, value_dim)] = e < value_dim ? value_at(values_from, t, e, value_dim) : 0.0F;
-    }
-  }
-  return contiguous_tile<float>(to, head_dim, value_dim, tile.nonfinite_values);
-}
-
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

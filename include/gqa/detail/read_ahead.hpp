@@ -30,7 +30,7 @@ inline namespace GQA_ISA {
 inline constexpr int rows_that_read_ahead = 3;
 
 template <class P>
-inline constexpr index_t read_ahead_bytes = std::is_same_v<P, q8> ? 16384 : 8192;
+inline constexpr index_t read_ahead_bytes = std::is_same_v<P, q8> || is_mixed<P> ? 16384 : 8192;
 
 /// Asks for the cache line so many bytes after `at`, the i-th element of a piece of memory that is read in steps of
 /// `Step` elements, if `Rows` rows are enough for it to pay: once a line.

@@ -46,20 +46,7 @@ class scheduler {
   scheduler(const problem<A, L>& p, const Source& kv, const Variant& variant, context& ctx) noexcept
       : problem_(p), kv_(kv), engine_(p, kv, variant), ctx_(ctx), largest_group_(p.largest_group()) {}
 
-  void run() {
-    if (!find_families()) return;
-    plan_ = find_plan();
-    if (plan_ == nullptr || !place()) return;
-    const index_t kv_heads = problem_.shape.kv_heads;
-    for (const plan_wave& planned : plan_->waves) {
-      for (index_t g = 0; g < kv_heads; g += planned.heads) {
-        const wave w{planned.first, planned.end, g, std::min(planned.heads, kv_heads - g)};
-        pack(w);
-        attend(w);
-        merge_apart(w);
-      }
-    }
-  }
+  void run();
 
  private:
   /// The plan's families [first, end), and some of their KV heads.
@@ -463,6 +450,24 @@ class scheduler {
   A* states_ = nullptr;          // [splits apart, state elements]
   kv_tile<P>* tiles_ = nullptr;  // [slots]
 };
+
+// Not in the class: so that programs can share a call's code (extern template), which is most of what they take to
+// compile.
+template <class Source, class Variant, class L>
+void scheduler<Source, Variant, L>::run() {
+  if (!find_families()) return;
+  plan_ = find_plan();
+  if (plan_ == nullptr || !place()) return;
+  const index_t kv_heads = problem_.shape.kv_heads;
+  for (const plan_wave& planned : plan_->waves) {
+    for (index_t g = 0; g < kv_heads; g += planned.heads) {
+      const wave w{planned.first, planned.end, g, std::min(planned.heads, kv_heads - g)};
+      pack(w);
+      attend(w);
+      merge_apart(w);
+    }
+  }
+}
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

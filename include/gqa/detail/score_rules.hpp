@@ -15,6 +15,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/simd/packet.hpp>
+#include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
@@ -83,7 +84,8 @@ class score_rules {
   }
 
  private:
-  static constexpr bool carries_factor = std::is_same_v<A, L> || std::is_same_v<L, q8>;  // in scales, there
+  static constexpr bool carries_factor =
+      std::is_same_v<A, queries_of_left<L>> || std::is_same_v<queries_of_left<L>, q8>;  // in scales, there
 
   void cap(A* s, index_t begin, index_t end) const noexcept {
     const packet<A> cap = broadcast(static_cast<A>(options_.softcap));

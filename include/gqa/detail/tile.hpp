@@ -29,6 +29,18 @@ namespace gqa {
 /// Eight bits: an integer under a scale that it shares with its neighbours (quantization.hpp).
 enum class q8 : std::uint8_t {};
 
+/// Keys of K and values of V in one cache, two of float, half, bfloat16 and q8 (quantization.hpp). As an element of the
+/// cache's memory: a byte.
+template <class K, class V>
+class kv_types {
+ public:
+  constexpr kv_types() noexcept = default;
+  constexpr explicit kv_types(int byte) noexcept : byte_(static_cast<std::uint8_t>(byte)) {}
+
+ private:
+  std::uint8_t byte_ = 0;
+};
+
 }  // namespace gqa
 
 namespace gqa::detail {
@@ -64,6 +76,28 @@ inline constexpr index_t split_tiles = split_tokens / tile_tokens;
   return round_up(value_dim, panel_tokens);
 }
 
+/// What panels of P hold.
+template <class P>
+struct panel_types {
+  using key = P;
+  using value = P;
+};
+template <class K, class V>
+struct panel_types<kv_types<K, V>> {
+  using key = K;
+  using value = V;
+};
+template <class P>
+using key_type = typename panel_types<P>::key;
+template <class P>
+using value_type = typename panel_types<P>::value;
+/// Whether panels of both are in one memory of bytes.
+template <class P>
+inline constexpr bool is_mixed = !std::is_same_v<key_type<P>, P>;
+/// Whether tiles are decoded where they are not multiplied as they lie.
+template <class P>
+inline constexpr bool is_encoded = std::is_same_v<P, q8> || is_mixed<P>;
+
 /// Neighbours of the depth that lie together in a panel of P: of keys, and of values.
 template <class P>
 inline constexpr index_t lane_elements = std::is_same_v<P, q8>                ? 4
@@ -82,11 +116,15 @@ inline constexpr index_t scale_channels = 32;
 /// Elements of a panel's keys and of its values.
 template <class P>
 [[nodiscard]] constexpr index_t key_panel_elements(index_t head_dim) noexcept {
+  if constexpr (is_mixed<P>)
+    return round_up(key_panel_elements<key_type<P>>(head_dim) * index_t{sizeof(key_type<P>)}, 64);
   const index_t elements = panel_tokens * round_up(head_dim, lane_elements<P>);
   return std::is_same_v<P, q8> ? round_up(elements + scale_bytes(head_dim), 64) : elements;
 }
 template <class P>
 [[nodiscard]] constexpr index_t value_panel_elements(index_t value_dim) noexcept {
+  if constexpr (is_mixed<P>)
+    return round_up(value_panel_elements<value_type<P>>(value_dim) * index_t{sizeof(value_type<P>)}, 64);
   const index_t elements = panel_tokens * padded_value_dim(value_dim);
   return std::is_same_v<P, q8> ? round_up(elements + scale_bytes(value_dim), 64) : elements;
 }

@@ -23,9 +23,9 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/key_tiles.hpp>
+#include <gqa/detail/mixed.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
-#include <gqa/detail/q8_kernel.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/tile.hpp>
@@ -54,7 +54,7 @@ struct row_tile {
 template <class P, class L>
 struct workspace {
   using A = accumulator_t<P>;
-  L* q;                    // [rows, q_stride]
+  queries_of_left<L>* q;   // [rows, q_stride]
   A* turned;               // [q_stride], a row of queries that is turned before it is loaded
   A* s;                    // [rows, 64], scores; of rows read in place [run_tiles, rows, 64]
   weight_element<L>* p;    // the same of weights; in the place of the scores where they have one type
@@ -133,7 +133,7 @@ class tile_engine {
   /// Row strides of queries and outputs: padded, so that rows of a power of two do not share cache sets.
   [[nodiscard]] index_t q_stride() const noexcept {
     const index_t dim = problem_.shape.head_dim;
-    if constexpr (std::is_same_v<L, q8>) return round_up(q8_query_layout(dim).bytes(), 64) + 64;
+    if constexpr (std::is_same_v<queries_of_left<L>, q8>) return round_up(q8_query_layout(dim).bytes(), 64) + 64;
     return round_up(dim, 16) + 16;
   }
   [[nodiscard]] index_t out_stride() const noexcept { return padded_value_dim(problem_.shape.value_dim); }
@@ -198,10 +198,11 @@ class tile_engine {
   void load_queries(const row_tile& t, workspace& w) const noexcept {
     const index_t dim = problem_.shape.head_dim;
     for_each_row(t, [&](index_t r, const row_index& row) {
-      L* const to = w.q + r * q_stride();
+      queries_of_left<L>* const to = w.q + r * q_stride();
       problem_.q.load(row.batch, problem_.row_of(row.batch, row.query), row.q_head, dim, rules_.query_factor(), to,
                       w.turned);
-      if constexpr (!std::is_same_v<L, q8>) std::fill(to + dim, to + round_up(dim, lane_elements<P>), L(0));
+      if constexpr (!std::is_same_v<queries_of_left<L>, q8>)
+        std::fill(to + dim, to + round_up(dim, lane_elements<key_type<P>>), queries_of_left<L>(0));
     });
   }
 
@@ -360,7 +361,8 @@ class tile_engine {
     index_t keys, values;
   };
   [[nodiscard]] static fetched_bytes fetched_of(const call_shape& shape) noexcept {
-    constexpr index_t steps = tile_tokens / lane_elements<P>, value_steps = tile_tokens / value_lane_elements<P>;
+    constexpr index_t steps = tile_tokens / lane_elements<key_type<P>>,
+                      value_steps = tile_tokens / value_lane_elements<value_type<P>>;
     const index_t columns = padded_value_dim(shape.value_dim);
     return {tile_panels * key_panel_elements<P>(shape.head_dim) * index_t{sizeof(P)},
             tile_panels * value_panel_elements<P>(columns) * index_t{sizeof(P)},

@@ -104,7 +104,7 @@ template <class P, class L>
 struct block_operands {
   using A = accumulator_t<P>;
   const kv_tile<P>& tile;
-  const L* q;
+  const queries_of_left<L>* q;
   index_t q_stride;
   index_t head_dim;
   A* s;                        // scores; row stride 64

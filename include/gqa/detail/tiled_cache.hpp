@@ -18,6 +18,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/memory_piece.hpp>
+#include <gqa/detail/mixed.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/tile.hpp>
@@ -43,7 +44,8 @@ struct cache_slots {
 
 template <class T>
 class tiled_cache {
-  static_assert(cacheable<T>, "gqa: a cache holds float, double, half, bfloat16 or q8");
+  static_assert(cacheable<T>,
+                "gqa: a cache holds float, double, half, bfloat16, q8 or kv_types of two of them but double");
 
  public:
   using element = T;
@@ -75,7 +77,7 @@ class tiled_cache {
     if (length < 0 || length > own)
       return raise(make_fault(errc::length, "length: expected 0 to %lld (the tokens there are), got %lld",
                               printable(own), printable(length)));
-    const index_t first = gone_tiles(sequence).end * tile_tokens;
+    const index_t first = find_gone_tiles(sequence).end * tile_tokens;
     if (length > kept && length < first)
       return raise(make_fault(errc::length,
                               "length: expected at most %lld or at least %lld (tokens between are gone), "
@@ -92,15 +94,17 @@ class tiled_cache {
 
   /// A key [D] or value [E] as stored, of 8 bits as the floats that they stand for: a copy, for tests and tools.
   /// \throws error (errc::range) for a sequence, position or head that there is not; the row is empty then
-  [[nodiscard]] std::vector<read_element<T>> key(index_t sequence, index_t position, index_t head) const {
-    return row(sequence, position, head, head_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t d) {
-      return key_at(tile.k[panel], position % panel_tokens, d, head_dim_);
-    });
+  [[nodiscard]] std::vector<read_element<key_type<T>>> key(index_t sequence, index_t position, index_t head) const {
+    return row<read_element<key_type<T>>>(sequence, position, head, head_dim_,
+                                          [&](const kv_tile<T>& tile, std::size_t panel, index_t d) {
+                                            return key_at(tile.k[panel], position % panel_tokens, d, head_dim_);
+                                          });
   }
-  [[nodiscard]] std::vector<read_element<T>> value(index_t sequence, index_t position, index_t head) const {
-    return row(sequence, position, head, value_dim_, [&](const kv_tile<T>& tile, std::size_t panel, index_t e) {
-      return value_at(tile.v[panel], position % panel_tokens, e, value_dim_);
-    });
+  [[nodiscard]] std::vector<read_element<value_type<T>>> value(index_t sequence, index_t position, index_t head) const {
+    return row<read_element<value_type<T>>>(sequence, position, head, value_dim_,
+                                            [&](const kv_tile<T>& tile, std::size_t panel, index_t e) {
+                                              return value_at(tile.v[panel], position % panel_tokens, e, value_dim_);
+                                            });
   }
 
   // What makes it a kv_source (kv_source.hpp).
@@ -139,7 +143,7 @@ class tiled_cache {
                             index_t head_dim, index_t value_dim, std::pmr::memory_resource* memory) noexcept;
 
   /// Tiles whose slots newer ones have taken.
-  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept {
+  [[nodiscard]] key_range find_gone_tiles(index_t b) const noexcept {
     return {slots_.kept, std::max(begun_[b] - slots_.turning, slots_.kept)};
   }
   [[nodiscard]] const cache_slots& slots() const noexcept { return slots_; }
@@ -150,9 +154,9 @@ class tiled_cache {
   template <class K, class V>
   [[nodiscard]] fault find_append_fault(index_t first, index_t count, const tensor_view<K, 4>& k,
                                         const tensor_view<V, 4>& v) const noexcept;
-  template <class ElementOf>
-  [[nodiscard]] std::vector<read_element<T>> row(index_t sequence, index_t position, index_t head, index_t dim,
-                                                 const ElementOf& element_of) const;
+  template <class X, class ElementOf>
+  [[nodiscard]] std::vector<X> row(index_t sequence, index_t position, index_t head, index_t dim,
+                                   const ElementOf& element_of) const;
 
   [[nodiscard]] bool has_sequence(index_t sequence) const noexcept { return sequence >= 0 && sequence < batch_; }
   [[nodiscard]] fault find_sequence_fault(index_t sequence) const noexcept {
@@ -237,7 +241,8 @@ template <class T>
 template <class Keys, class V>
 void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, const tensor_view<V, 4>& v) {
   using K = typename std::remove_cvref_t<decltype(rows_of(k))>::value_type;
-  static_assert(is_taken_by_cache_of<K, T> && is_taken_by_cache_of<V, T>, "gqa: a cache takes what it holds, or float");
+  static_assert(is_taken_by_cache_of<K, key_type<T>> && is_taken_by_cache_of<V, value_type<T>>,
+                "gqa: a cache takes what it holds, or float");
   if (const auto f = find_append_fault(first, count, rows_of(k), v)) return raise(f);
   if (const auto f = find_turns_fault(k)) return raise(f);
   auto keys = keys_of(k);
@@ -269,9 +274,9 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, cons
 }
 
 template <class T>
-template <class ElementOf>
-std::vector<read_element<T>> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
-                                                 const ElementOf& element_of) const {
+template <class X, class ElementOf>
+std::vector<X> tiled_cache<T>::row(index_t sequence, index_t position, index_t head, index_t dim,
+                                   const ElementOf& element_of) const {
   const auto find_fault = [&]() -> fault {
     const auto find_within = [](const char* name, index_t count, index_t actual) -> fault {
       if (0 <= actual && actual < count) return {};
@@ -280,7 +285,7 @@ std::vector<read_element<T>> tiled_cache<T>::row(index_t sequence, index_t posit
     if (const auto f = find_within("sequence", batch_, sequence)) return f;
     if (const auto f = find_within("position", lengths_[sequence], position)) return f;
     if (const auto f = find_within("head", kv_heads_, head)) return f;
-    const key_range gone = gone_tiles(sequence);
+    const key_range gone = find_gone_tiles(sequence);
     if (position / tile_tokens < gone.begin || gone.end <= position / tile_tokens) return {};
     return make_fault(errc::range, "position: expected one outside [%lld, %lld), which are gone, got %lld",
                       printable(gone.begin * tile_tokens), printable(gone.end * tile_tokens), printable(position));
@@ -291,7 +296,7 @@ std::vector<read_element<T>> tiled_cache<T>::row(index_t sequence, index_t posit
   }
   const kv_tile<T> from = tile(sequence, head, position / tile_tokens, 0, nullptr);
   const auto panel = static_cast<std::size_t>(position % tile_tokens / panel_tokens);
-  std::vector<read_element<T>> elements(static_cast<std::size_t>(dim));
+  std::vector<X> elements(static_cast<std::size_t>(dim));
   for (index_t d = 0; d < dim; ++d) elements[static_cast<std::size_t>(d)] = element_of(from, panel, d);
   return elements;
 }

@@ -33,14 +33,33 @@ inline namespace GQA_ISA {
 template <class P>
 inline constexpr bool has_dot = false;
 
-/// What the softmax makes of scores where queries are held in L: weights of 8 bits would be too few.
+/// As an L: queries held in Q, weights in W.
+template <class Q, class W>
+struct lefts {};
 template <class L>
-using weight_element = std::conditional_t<std::is_same_v<L, q8>, float, L>;
+struct left_types {
+  using queries = L;
+  using weights = L;
+};
+template <class Q, class W>
+struct left_types<lefts<Q, W>> {
+  using queries = Q;
+  using weights = W;
+};
+template <class L>
+using queries_of_left = typename left_types<L>::queries;
+template <class L>
+using weights_of_left = typename left_types<L>::weights;
+
+/// What the softmax makes of scores: weights of 8 bits would be too few.
+template <class L>
+using weight_element = std::conditional_t<std::is_same_v<weights_of_left<L>, q8>, float, weights_of_left<L>>;
 
 /// Whether weights are summed by the softmax, in lanes, or one by one by add_elements(): as products with ones would
 /// be.
 template <class L>
-inline constexpr bool sums_in_lanes = std::is_same_v<L, Eigen::bfloat16> || std::is_same_v<L, q8>;
+inline constexpr bool sums_in_lanes =
+    std::is_same_v<weights_of_left<L>, Eigen::bfloat16> || std::is_same_v<weights_of_left<L>, q8>;
 
 /// Panels whose lanes hold one element. `part` counts the multiply-adds of a row of lanes.
 template <class P, class L>
