@@ -51,10 +51,10 @@ struct rows {
     out.resize(q.size());
   }
   template <class KV>
-  void attend(const KV& kv, context& ctx, bool share_prefixes = true) {
+  void attend(const KV& kv, context& ctx, bool share_prefixes = true, std::span<const index_t> lengths = {}) {
     const index_t total = offsets.back();
     batch_options options;
-    options.common.causal = true;
+    options.common.causal = true, options.common.kv_lengths = lengths;
     options.share_prefixes = share_prefixes;
     batch_attention(tensor_view<const T, 3>(q.data(), {total, of.query, of.dim}), offsets, kv, sequences,
                     tensor_view<T, 3>(out.data(), {total, of.query, of.dim}), options, ctx);
@@ -244,7 +244,7 @@ void add_append(const char* dtype, const heads& h, index_t n, index_t keys, inde
   });
 }
 
-// Many short sequences of one narrow head: what a sequence costs beside its keys.
+// Many short sequences of one narrow head; and the same without their keys: what a sequence costs beside its kernels.
 void add_short(index_t n, index_t keys, int threads) {
   const heads h{1, 1, 16};
   const std::string name = counted("short/cache/f32/n", n) + counted("t", keys) + text_of(h) + counted("/t", threads);
@@ -258,14 +258,17 @@ void add_short(index_t n, index_t keys, int threads) {
       tokens.append_to(cache, i, keys);
     }
     rows<float> all(h, parts);
-    samples seconds;
+    const std::vector<index_t> none(static_cast<std::size_t>(n), 0);
+    samples seconds, without_keys;
     all.attend(cache, *w);
     for (auto _ : state) {
       const double took = seconds_of([&] { all.attend(cache, *w); });
       seconds.add(took);
+      without_keys.add(seconds_of([&] { all.attend(cache, *w, true, none); }));
       state.SetIterationTime(took);
     }
     state.counters["us_a_sequence"] = seconds.median() / static_cast<double>(n) * 1e6;
+    state.counters["us_without_keys"] = without_keys.median() / static_cast<double>(n) * 1e6;
   });
 }
 

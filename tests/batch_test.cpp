@@ -252,5 +252,56 @@ TEST(Batch, RefusesWhatDoesNotFit) {
 }
 #endif
 
+// A variant that knows its sequences by their numbers in the batch, scores and hides, in the forms that it may have.
+struct from_first_key {
+  std::vector<index_t> first;
+  [[nodiscard]] float score(float s, const position& p) const noexcept {
+    return s + 0.01f * static_cast<float>(p.query - p.key + p.q_head);
+  }
+  [[nodiscard]] bool visible(const position& p) const noexcept { return p.key >= at(p.batch); }
+  [[nodiscard]] visibility visible(const key_block& b) const noexcept {
+    return b.key_begin >= at(b.batch) ? visibility::all
+           : b.key_end <= at(b.batch) ? visibility::none
+                                      : visibility::some;
+  }
+  [[nodiscard]] index_t at(index_t n) const noexcept { return first[static_cast<std::size_t>(n)]; }
+};
+
+TEST(Batch, AsksAVariantBySequence) {
+  rng random(9);
+  ragged_case<float> c(4, 2, 24, 24, {200, 130, 70}, random);
+  c.add(1, 1, random), c.add(0, 5, random), c.add(2, 20, random);
+  const from_first_key variant{{3, 100, 64}};
+  const kv_cache<float> cache = c.cache();
+  const bool tree[25] = {true,  false, false, false, false, true, true,  false, false, false, true,  false, true,
+                         false, false, false, true,  false, true, false, true,  false, true,  false, true};
+  const std::vector<tensor_view<const bool, 2>> masks{{}, {tree, {5, 5}}, {}};
+  context ctx;
+  for (const bool has_masks : {false, true}) {
+    batch_options options;
+    options.common.causal = true;
+    if (has_masks) options.masks = masks;
+    std::vector<float> out(c.q.size());
+    batch_attention(c.rows(), c.offsets, cache, c.sequences,
+                    tensor_view<float, 3>(out.data(), {c.total(), c.heads, c.value_dim}), options, variant, ctx);
+    for (std::size_t n = 0; n < 3; ++n) {
+      const index_t queries = c.queries(n), keys = c.length(n);
+      std::vector<char> seen(static_cast<std::size_t>(queries * keys), 1);
+      if (has_masks && n == 1) {
+        for (index_t i = 0; i < 5; ++i)
+          for (index_t j = 0; j < 5; ++j) seen[static_cast<std::size_t>((i + 1) * keys - 5 + j)] = tree[i * 5 + j];
+      }
+      const detail::part_of_source<kv_cache<float>> own(cache, static_cast<index_t>(c.sequences[n]), 0, 2, keys);
+      attention_options one{.causal = true};
+      one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, queries, keys});
+      std::vector<float> expected(static_cast<std::size_t>(queries * c.heads * c.value_dim));
+      attention(c.rows_of(n), own, view(expected.data(), {1, queries, c.heads, c.value_dim}), one,
+                from_first_key{{variant.at(static_cast<index_t>(n))}}, ctx);
+      EXPECT_TRUE(std::equal(expected.begin(), expected.end(), out.begin() + c.offsets[n] * c.heads * c.value_dim))
+          << n << has_masks;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gqa::test

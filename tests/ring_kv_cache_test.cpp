@@ -105,6 +105,56 @@ TEST(RingKvCache, HasTheBitsOfAKvCacheInOtherTypes) {
   expect_any_stream<q8>(6, 1200, 5);
 }
 
+// Sequences of different lengths with sinks in one call, drafts among them: each as by itself.
+TEST(RingKvCache, HasSinksInRaggedBatches) {
+  rng random(8);
+  Eigen::ThreadPool pool(2);
+  context serial, threads(pool);
+  const index_t count = 3, heads = 4, kv_heads = 2, dim = 16, sinks = 5, window = 100;
+  const sinks_and_window mask(sinks, window - 1);
+  ring_kv_cache<float> all(count, kv_heads, sinks, window, dim);
+  std::vector<ring_kv_cache<float>> alone;
+  for (index_t n = 0; n < count; ++n) {
+    alone.emplace_back(1, kv_heads, sinks, window, dim);
+    for (index_t t = 300 * n + random.between(1, 300); t > 0; --t) {
+      const auto k = random_rows<float>(kv_heads * dim, random);
+      all.append(n, view(k.data(), {1, 1, kv_heads, dim}), view(k.data(), {1, 1, kv_heads, dim}));
+      alone.back().append(view(k.data(), {1, 1, kv_heads, dim}), view(k.data(), {1, 1, kv_heads, dim}));
+    }
+  }
+  const std::vector<sequence_id> sequences{sequence_id{2}, sequence_id{0}, sequence_id{1}};
+  const std::vector<index_t> offsets{0, 1, 1, 4};
+  const bool tree[9] = {true, false, false, true, true, false, true, false, true};
+  const std::vector<tensor_view<const bool, 2>> masks{{}, {}, {tree, {3, 3}}};
+  const auto q = random_rows<float>(4 * heads * dim, random);
+  std::vector<float> out(q.size());
+  batch_options options;
+  options.common.causal = true, options.masks = masks;
+  batch_attention(tensor_view<const float, 3>(q.data(), {4, heads, dim}), offsets, all, sequences,
+                  tensor_view<float, 3>(out.data(), {4, heads, dim}), options, mask, threads);
+  for (std::size_t n = 0; n < sequences.size(); ++n) {
+    const index_t rows = offsets[n + 1] - offsets[n], first = offsets[n] * heads * dim;
+    const auto& ring = alone[static_cast<std::size_t>(sequences[n])];
+    std::vector<char> seen(static_cast<std::size_t>(rows * ring.length(0)), 1);
+    for (index_t i = 0; i < rows && rows > 1; ++i)
+      for (index_t j = 0; j < rows; ++j)
+        seen[static_cast<std::size_t>((i + 1) * ring.length(0) - rows + j)] = tree[i * 3 + j];
+    attention_options one{.causal = true};
+    if (rows > 1)
+      one.mask = tensor_view<const bool, 4>(reinterpret_cast<const bool*>(seen.data()), {1, 1, rows, ring.length(0)});
+    std::vector<float> expected(static_cast<std::size_t>(rows * heads * dim));
+    attention(view(q.data() + first, {1, rows, heads, dim}), ring, view(expected.data(), {1, rows, heads, dim}), one,
+              mask, serial);
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), out.begin() + first)) << n;
+  }
+  // Without them its queries would see what is gone.
+  EXPECT_EQ(code_of([&] {
+              batch_attention(tensor_view<const float, 3>(q.data(), {4, heads, dim}), offsets, all, sequences,
+                              tensor_view<float, 3>(out.data(), {4, heads, dim}), options, threads);
+            }),
+            errc::range);
+}
+
 // Before anything is gone, any options: the ring is a kv_cache.
 TEST(RingKvCache, IsAKvCacheUntilItTurns) {
   twins<float> c(2, 3, 2, 24, 40, 10, 200, 500, 5);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -105,6 +106,49 @@ class draft_masks {
   std::vector<place> places_;
 };
 
+/// A user's variant, beside a batch's masks.
+template <class Variant>
+class draft_variant {
+ public:
+  draft_variant(const draft_masks& masks, const Variant& variant) noexcept : masks_(masks), variant_(variant) {}
+
+  template <class A>
+  [[nodiscard]] A score(A s, const position& p) const requires scores<Variant, A> {
+    return static_cast<A>(variant_.score(s, p));
+  }
+  [[nodiscard]] bool visible(const position& p) const {
+    if (masks_.hides_in(p.batch) && !masks_.visible(p)) return false;
+    if constexpr (hides_positions<Variant>) return variant_.visible(p);
+    return visible_to_variant({p.batch, p.q_head, p.q_head + 1, p.query, p.query + 1, p.key, p.key + 1}) !=
+           visibility::none;
+  }
+  [[nodiscard]] visibility visible(const key_block& b) const {
+    const visibility own = visible_to_variant(b), drafts = masks_.visible(b);
+    if (own == visibility::none || drafts == visibility::none) return visibility::none;
+    return own == visibility::all ? drafts : visibility::some;
+  }
+  [[nodiscard]] std::uint64_t visible_bits(position p) const requires hides_bits<Variant> {
+    std::uint64_t bits = variant_.visible_bits(p);
+    if (!masks_.hides_in(p.batch)) return bits;
+    for (std::uint64_t bit = 1; bit != 0; bit <<= 1, ++p.key) {
+      if (!masks_.visible(p)) bits &= ~bit;
+    }
+    return bits;
+  }
+  [[nodiscard]] key_range keys(const key_range& queries) const requires bounds_keys<Variant> {
+    return variant_.keys(queries);
+  }
+
+ private:
+  [[nodiscard]] visibility visible_to_variant(const key_block& b) const {
+    if constexpr (hides_blocks<Variant>) return variant_.visible(b);
+    return hides_keys<Variant> ? visibility::some : visibility::all;
+  }
+
+  const draft_masks& masks_;
+  const Variant& variant_;
+};
+
 template <class Q, class KV, class Out>
 [[nodiscard]] fault find_batch_fault(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, const KV& kv,
                                      const Out& out_or_state, const batch_options& options,
@@ -148,9 +192,9 @@ template <class Q, class KV, class Out>
   return find_memory_fault(q, kv, out_or_state, common);
 }
 
-template <class Queries, class KV, class Out>
+template <class Queries, class KV, class Out, class Variant>
 void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
-                  const batch_options& options, context& ctx) {
+                  const batch_options& options, const Variant& variant, context& ctx) {
   using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
   attention_options common = options.common;
@@ -166,7 +210,30 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, con
       places.push_back({p.query_offset(n, length), length - p.q_len(n)});
     }
   }
-  attend_checked(q, kv, out, common, ragged, draft_masks(options.masks, std::move(places)), ctx);
+  const draft_masks masks(options.masks, std::move(places));
+  if constexpr (std::is_same_v<Variant, no_variant>) {
+    attend_checked(q, kv, out, common, ragged, masks, ctx);
+  } else {
+    attend_checked(q, kv, out, common, ragged, draft_variant<Variant>(masks, variant), ctx);
+  }
+}
+
+/// The door, for any rows and outputs.
+template <class Q, class KV, class Out, class Variant>
+void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
+                Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
+  const auto queries = as_turnable_rows(std::forward<Q>(q));
+  const ragged_rows ragged{q_offsets, sequences, options.share_prefixes};
+  if constexpr (output_state<Out>) {
+    const auto& lse = out.lse;
+    using lse_view = std::remove_cvref_t<decltype(lse)>;
+    const std::remove_cvref_t<Out> state{
+        without_idle_strides(out.out),
+        lse_view(lse.data(), {lse.extent(0), lse.extent(1), lse.extent(2)}, {0, lse.stride(1), lse.stride(2)})};
+    attend_batch(queries, ragged, kv, state, options, variant, ctx);
+  } else {
+    attend_batch(queries, ragged, kv, as_rows(std::forward<Out>(out)), options, variant, ctx);
+  }
 }
 
 }  // namespace GQA_ISA
@@ -185,18 +252,15 @@ inline namespace GQA_ISA {
 template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out>
 void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                      Out&& out, const batch_options& options, context& ctx) {
-  const auto queries = detail::as_turnable_rows(std::forward<Q>(q));
-  const detail::ragged_rows ragged{q_offsets, sequences, options.share_prefixes};
-  if constexpr (detail::output_state<Out>) {
-    const auto& lse = out.lse;
-    using lse_view = std::remove_cvref_t<decltype(lse)>;
-    const std::remove_cvref_t<Out> state{
-        detail::without_idle_strides(out.out),
-        lse_view(lse.data(), {lse.extent(0), lse.extent(1), lse.extent(2)}, {0, lse.stride(1), lse.stride(2)})};
-    detail::attend_batch(queries, ragged, kv, state, options, ctx);
-  } else {
-    detail::attend_batch(queries, ragged, kv, detail::as_rows(std::forward<Out>(out)), options, ctx);
-  }
+  detail::open_batch(std::forward<Q>(q), q_offsets, kv, sequences, std::forward<Out>(out), options,
+                     detail::no_variant{}, ctx);
+}
+
+/// The same with a user's variant (variants.hpp), whose `batch` is the number of a sequence in the batch.
+template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out, attention_variant Variant>
+void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
+                     Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
+  detail::open_batch(std::forward<Q>(q), q_offsets, kv, sequences, std::forward<Out>(out), options, variant, ctx);
 }
 
 }  // namespace GQA_ISA
