@@ -148,6 +148,7 @@ TEST(StreamingAttention, HasTheSameBitsInAnyPieces) {
   expect_same_bits<q8>();
 }
 
+// A state's log-sum-exp, from the scores of keys turned by their places.
 TEST(StreamingAttention, GivesStates) {
   rng random(3);
   context ctx;
@@ -159,7 +160,61 @@ TEST(StreamingAttention, GivesStates) {
                                 tensor_view<float, 3>(lse.data(), {1, 1, heads})};
   streaming_attention(s.queries(299, 1), s.embedding, ring, to, {}, ctx);
   EXPECT_TRUE(std::equal(state.begin(), state.end(), out.end() - heads * value_dim));
-  for (const float x : lse) EXPECT_TRUE(x > std::log(54.0f) - 3 && x < std::log(54.0f) + 6) << x;  // of 54 keys
+  const std::vector<index_t> last{53};
+  for (index_t h = 0; h < heads; ++h) {
+    double sum = 0;
+    for (index_t place = 0; place < 54; ++place) {
+      const index_t key = place < 4 ? place : 300 - 54 + place;
+      std::vector<double> q(16), k(16);
+      for (index_t d = 0; d < 16; ++d) {
+        q[static_cast<std::size_t>(d)] = static_cast<double>(s.q[static_cast<std::size_t>((299 * heads + h) * 16 + d)]);
+        k[static_cast<std::size_t>(d)] =
+            static_cast<double>(s.k[static_cast<std::size_t>((key * kv_heads + h / 2) * 16 + d)]);
+      }
+      s.embedding.rotate(view(q.data(), {1, 1, 1, 16}), last, ctx);
+      s.embedding.rotate(view(k.data(), {1, 1, 1, 16}), std::span<const index_t>(&place, 1), ctx);
+      sum += std::exp(std::inner_product(q.begin(), q.end(), k.begin(), 0.0) / 4);
+    }
+    EXPECT_NEAR(lse[static_cast<std::size_t>(h)], std::log(sum), lse_bound<float>(20)) << h;
+  }
+}
+
+// Sequences of different lengths, in any positions: each as by itself.
+TEST(StreamingAttention, TakesSequencesApart) {
+  rng random(4);
+  context ctx;
+  rope_options yarn;
+  yarn.scaling = rope_scaling::yarn, yarn.factor = 8, yarn.trained_length = 64, yarn.dims = 12;
+  const stream s(400, 16, 3, 40, yarn, random);
+  ring_kv_cache<float> both(2, kv_heads, 3, 40, 16, value_dim);
+  std::vector<ring_kv_cache<float>> alone;
+  const std::vector<index_t> lengths{390, 30}, shorter{388, 30}, first{383, 25};
+  for (std::size_t b = 0; b < 2; ++b) {
+    alone.emplace_back(1, kv_heads, 3, 40, 16, value_dim);
+    for (index_t t = 0; t < lengths[b]; ++t) {
+      const auto turns = s.embedding.turns<float>(std::span<const index_t>(&t, 1), ctx);
+      const auto k = view(s.k.data() + t * kv_heads * 16, {1, 1, kv_heads, 16});
+      const auto v = view(s.v.data() + t * kv_heads * value_dim, {1, 1, kv_heads, value_dim});
+      both.append(static_cast<index_t>(b), turned(k, turns), v), alone[b].append(turned(k, turns), v);
+    }
+  }
+  const auto expect_apart = [&](attention_options options) {
+    const auto of = [](std::span<const index_t> x, std::size_t b) { return x.empty() ? x : x.subspan(b, 1); };
+    std::vector<float> out(2 * 5 * heads * value_dim), expected(out.size() / 2);
+    streaming_attention(view(s.q.data(), {2, 5, heads, 16}), s.embedding, both,
+                        view(out.data(), {2, 5, heads, value_dim}), options, ctx);
+    for (std::size_t b = 0; b < 2; ++b) {
+      attention_options one = options;
+      one.kv_lengths = of(options.kv_lengths, b), one.query_offsets = of(options.query_offsets, b);
+      streaming_attention(view(s.q.data() + b * 5 * heads * 16, {1, 5, heads, 16}), s.embedding, alone[b],
+                          view(expected.data(), {1, 5, heads, value_dim}), one, ctx);
+      EXPECT_TRUE(
+          std::equal(expected.begin(), expected.end(), out.begin() + static_cast<std::ptrdiff_t>(b * expected.size())));
+    }
+  };
+  expect_apart({});
+  expect_apart({.kv_lengths = shorter});
+  expect_apart({.query_offsets = first});
 }
 
 TEST(StreamingAttention, RefusesWhatTheRingSays) {

@@ -65,7 +65,8 @@ template <class Out>
 }
 
 template <class Q, class Stored>
-concept query_element_for = std::is_same_v<Q, Stored> ||(std::is_same_v<Q, float>&& sixteen_bit_float<Stored>) ||
+concept query_element_for = (storable<Q> && std::is_same_v<Q, Stored>) ||
+                            (std::is_same_v<Q, float> && sixteen_bit_float<Stored>) ||
                             (is_encoded<Stored> && storable<Q> && !std::is_same_v<Q, double>);
 
 /// The dtype rules of the door, one message each.
@@ -125,12 +126,12 @@ template <class Q, class Source, class Out>
   return {};
 }
 
-/// All checks of a call.
+/// The source, extents, layouts and options of a call.
 template <class Q, class Source, class Out>
-[[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
-                                    const attention_options& options) noexcept {
+[[nodiscard]] fault find_operands_fault(const tensor_view<const Q, 4>& q, const Source& kv,
+                                        const tensor_view<Out, 4>& out_view,
+                                        const attention_options& options) noexcept {
   if (const auto f = kv.find_fault()) return f;
-  const auto out_view = output_view(out_or_state);
   const operand queries = describe("q", q), out = describe("out", out_view);
   const call_shape shape{kv.batch(),    q.extent(1),   kv.kv_len(),   q.extent(2),
                          kv.kv_heads(), kv.head_dim(), kv.value_dim()};
@@ -140,6 +141,14 @@ template <class Q, class Source, class Out>
     const index_t said = options.kv_lengths[static_cast<std::size_t>(b)];
     if (const auto f = find_kv_length_fault("options.kv_lengths", b, said, kv.length(b))) return f;
   }
+  return {};
+}
+
+/// All checks of a call.
+template <class Q, class Source, class Out>
+[[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
+                                    const attention_options& options) noexcept {
+  if (const auto f = find_operands_fault(q, kv, output_view(out_or_state), options)) return f;
   return find_memory_fault(q, kv, out_or_state, options);
 }
 

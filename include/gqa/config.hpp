@@ -22,13 +22,19 @@
 // Code whose machine instructions depend on the -m flags lives in an inline namespace named after them. Two translation
 // units built with different flags then hold different functions instead of two bodies under one name, of which the
 // linker would keep one at random. Types shared across such units (views, options, context) stay outside.
+#if !defined(EIGEN_DONT_VECTORIZE) && defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && \
+    defined(__AVX512VNNI__)
+#define GQA_VNNI 1
+#else
+#define GQA_VNNI 0
+#endif
 #if defined(EIGEN_DONT_VECTORIZE)
 #define GQA_ISA isa_scalar
-#elif defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#elif GQA_VNNI && defined(__AVX512BF16__)
 #define GQA_ISA isa_avx512_bf16_vnni
 #elif defined(__AVX512F__) && defined(__AVX512BF16__)
 #define GQA_ISA isa_avx512_bf16
-#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#elif GQA_VNNI
 #define GQA_ISA isa_avx512_vnni
 #elif defined(__AVX512F__) && defined(__AVX512DQ__)
 #define GQA_ISA isa_avx512

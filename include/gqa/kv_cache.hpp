@@ -20,7 +20,8 @@ namespace gqa {
 inline namespace GQA_ISA {
 
 /// A kv_source of up to `capacity` tokens a sequence. Movable; one writer at a time, and no reader meanwhile.
-/// \tparam T  float, double, Eigen::half or Eigen::bfloat16: what is stored. Computed in float, double over double.
+/// \tparam T  float, double, Eigen::half, Eigen::bfloat16, q8 or kv_types: what is stored. Computed in float, double
+/// over double.
 template <class T>
 class kv_cache : public detail::tiled_cache<T> {
  public:

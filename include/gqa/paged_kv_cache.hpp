@@ -72,7 +72,8 @@ class paged_layer {
 };
 
 /// Movable. Any number of readers at a time; whoever creates, forks, extends, writes, truncates or erases does so
-/// alone. \tparam T  float, double, Eigen::half or Eigen::bfloat16
+/// alone.
+/// \tparam T  float, double, Eigen::half, Eigen::bfloat16, q8 or kv_types
 template <class T>
 class paged_kv_cache {
   static_assert(detail::cacheable<T>,

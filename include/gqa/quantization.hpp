@@ -6,8 +6,8 @@
 /// takes 8.5 bits an element (bfloat16: 16), has nothing to do with its neighbours, and never changes once stored. It
 /// is encoded when it is appended, from float, half or bfloat16.
 ///
-/// kv_types<K, V> holds keys in K and values in V, of float, half, bfloat16 and q8: kv_cache<kv_types<bfloat16, q8>>.
-/// Where either is q8 the same instructions serve; bfloat16 beside it is multiplied as pairs where those are.
+/// kv_types<K, V> holds either in q8 and the other in float, half or bfloat16, which is multiplied as pairs where those
+/// are: kv_cache<kv_types<bfloat16, q8>>.
 ///
 ///     stored element = scale * integer of [-127, 127], off by scale / 2 at most
 ///     scale          = the block's largest magnitude / 127, rounded up to a bfloat16
@@ -143,9 +143,22 @@ struct bounded_score {
     of_key += q.sum[i] * half_step * head.key_scale[at];
     magnitude += q.sum[i] * static_cast<double>(most_q8) * head.key_scale[at];
   }
+  double key_sum = 0, added = 0;
+  for (index_t n = 0; n < head.blocks; ++n) key_sum += head.key_sum[static_cast<std::size_t>(p.key * head.blocks + n)];
+  if (options.bias) {
+    const auto& bias = *options.bias;
+    added += std::abs(
+        static_cast<double>(bias(bias.extent(0) == 1 ? 0 : p.batch, bias.extent(1) == 1 ? 0 : p.q_head, s, p.key)));
+  }
+  if (!options.alibi_slopes.empty())
+    added += std::abs(static_cast<double>(options.alibi_slopes[static_cast<std::size_t>(p.q_head)]) *
+                      static_cast<double>(p.key - p.query));
   of_kernel += 0x1p-24 * static_cast<double>(dim + 8) * magnitude;  // sums of floats
   const double score = reference::impl::score<float>(options, no_variant{}, product, scale, p, s);
-  return {p.key, score, std::abs(scale) * of_kernel + 0x1p-20 * (1 + std::abs(score)), std::abs(scale) * of_key};
+  // And what rounds after them; the least scale that there is, of queries times the factor; what is flushed to zero.
+  const double rounding =
+      0x1p-20 * (1 + std::abs(scale * product) + added) + 0x1p-134 * key_sum + 0x1p-120 * static_cast<double>(dim);
+  return {p.key, score, std::abs(scale) * of_kernel + rounding, std::abs(scale) * of_key};
 }
 
 /// The bound of one row from the keys it sees. With weights p of the decoded scores, scores that are off by at most c_t
@@ -154,35 +167,42 @@ struct bounded_score {
 [[nodiscard]] inline double row_bound(const std::vector<bounded_score>& seen, const decoded_head& head, index_t keys) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   double top = -infinity, sum = 0;
-  for (const bounded_score& s : seen) top = std::max(top, s.score);
-  std::vector<double> weight;
-  for (const bounded_score& s : seen) weight.push_back(std::exp(s.score - top)), sum += weight.back();
-  for (double& w : weight) w /= sum;
-  // What weights may be off by, a share of each.
+  for (const bounded_score& s : seen) {
+    if (std::isnan(s.score)) return infinity;
+    top = std::max(top, s.score);
+  }
+  if (top == -infinity) return 0;  // nothing is seen
+  for (const bounded_score& s : seen) sum += std::exp(s.score - top);
+  // A weight whose score moves by so much: in one exponential, for it may be 0 times infinity in two.
+  const auto weight = [&](const bounded_score& s, double off = 0) { return std::exp(s.score - top + off) / sum; };
+  // What weights may be off by.
   const auto gains = [&](double bounded_score::*off) {
     double low = 0, high = 0;
-    for (std::size_t i = 0; i < seen.size(); ++i)
-      low += weight[i] * std::exp(-(seen[i].*off)), high += weight[i] * std::exp(seen[i].*off);
+    for (const bounded_score& s : seen) low += weight(s, -(s.*off)), high += weight(s, s.*off);
     std::vector<double> gain;
     for (const bounded_score& s : seen)
-      gain.push_back(std::max(std::exp(s.*off) / low - 1, 1 - std::exp(-(s.*off)) / high));
+      gain.push_back(std::max(weight(s, s.*off) / low - weight(s), weight(s) - weight(s, -(s.*off)) / high));
     return gain;
   };
   const std::vector<double> kernel = gains(&bounded_score::of_kernel), key = gains(&bounded_score::of_key);
   // 64 weights of a tile are off by half a unit each, a unit is a 32,767th of the largest, times integers up to 127.
   constexpr double weight_rounding = 64 * 127 / (2 * 32767.0);
-  const double float_rounding = 0x1p-24 * (128 + static_cast<double>(keys) / 64);  // sums of tiles, splits and states
+  // Sums of tiles, splits and states, of values and of weights.
+  const double float_rounding = 0x1p-24 * (160 + static_cast<double>(keys) / 32);
   double bound = 0;
   for (index_t e = 0; e < head.value_dim; ++e) {
-    const auto index = [&](const bounded_score& s) { return static_cast<std::size_t>(s.t * head.value_dim + e); };
+    const auto value_of = [&](const std::vector<double>& of, const bounded_score& s) {
+      return s.t < 0 ? 0 : of[static_cast<std::size_t>(s.t * head.value_dim + e)];
+    };
     double out = 0, of_element = 0;
-    for (std::size_t i = 0; i < seen.size(); ++i) out += seen[i].t < 0 ? 0 : weight[i] * head.v[index(seen[i])];
+    for (const bounded_score& s : seen) out += weight(s) * value_of(head.v, s);
     for (std::size_t i = 0; i < seen.size(); ++i) {
-      const double value = seen[i].t < 0 ? 0 : head.v[index(seen[i])];
-      const double scale = seen[i].t < 0 ? 0 : head.value_scale[index(seen[i])];
-      of_element += weight[i] * ((kernel[i] + key[i]) * std::abs(value - out) + float_rounding * std::abs(value) +
-                                 ((1 + key[i]) * half_step + (1 + kernel[i]) * weight_rounding) * scale);
+      const double p = weight(seen[i]), value = value_of(head.v, seen[i]), scale = value_of(head.value_scale, seen[i]);
+      of_element += (kernel[i] + key[i]) * std::abs(value - out) + p * float_rounding * std::abs(value) +
+                    ((p + key[i]) * half_step + (p + kernel[i]) * weight_rounding) * scale +
+                    0x1p-118 * (1 + std::abs(value));  // what is flushed to zero: weights from 2^-8 down
     }
+    of_element += 0x1p-112 * (1 + static_cast<double>(keys) / 64);  // units below the least normal float, a tile each
     if (!std::isfinite(of_element)) return infinity;
     bound = std::max(bound, of_element);
   }
@@ -196,54 +216,46 @@ inline namespace GQA_ISA {
 
 /// How far attention over a cache of q8, or of kv_types, may be from exact attention over the keys and values that were
 /// appended to it: no element of a row's output, in float, is off by more. Derived from the stored scales; holds with
-/// and without float_products. Infinite for rows that see NaN. \param q        [B, S, H, D]: float, half or bfloat16
+/// and without float_products. Infinite for rows that see NaN.
+/// \param q        [B, S, H, D]: float, half or bfloat16
 /// \param kv       a cache of q8 or kv_types
 /// \param bound    [B, S, H]
 /// \param options  of the call of attention()
 /// \throws error   as attention() does
-/// Cost: O(B S H T D) in double, like reference::attention(): for tests and tools.
+/// Cost: O(B S H T (D + E)) in double, like reference::attention(): for tests and tools.
 template <tensor_like Q, kv_source KV>
 void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const attention_options& options = {}) {
   using P = typename KV::panel_element;
   static_assert(detail::is_encoded<P>, "gqa: error_bound() is of caches of q8, or of kv_types");
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> q = detail::as_view(std::forward<Q>(q_in));
-  const index_t q_len = q.extent(1), q_heads = q.extent(2), dim = q.extent(3);
-  const detail::call_shape shape{kv.batch(), q_len, kv.kv_len(), q_heads, kv.kv_heads(), kv.head_dim(), kv.value_dim()};
   // What the checks of a call want to see: never read or written.
   const tensor_view<double, 4> as_output(bound.data(),
-                                         {bound.extent(0), bound.extent(1), bound.extent(2), shape.value_dim});
-  if (const auto f = kv.find_fault()) return detail::raise(f);
-  if (const auto f = detail::find_shape_fault(detail::describe("q", q), detail::describe("bound", as_output), shape))
+                                         {bound.extent(0), bound.extent(1), bound.extent(2), kv.value_dim()});
+  if (const auto f = detail::find_operands_fault(q, kv, as_output, options)) return detail::raise(f);
+  if (const auto f = detail::find_lse_fault("bound", bound, q)) return detail::raise(f);
+  if (const auto f = detail::find_overlap_fault(detail::describe_lse("bound", bound), detail::describe("q", q)))
     return detail::raise(f);
-  if (const auto f = detail::find_options_fault(options, shape)) return detail::raise(f);
-  for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
-    const index_t said = options.kv_lengths[static_cast<std::size_t>(b)];
-    if (const auto f = detail::find_kv_length_fault("options.kv_lengths", b, said, kv.length(b)))
-      return detail::raise(f);
-  }
-  if (const auto f =
-          detail::find_gone_fault(detail::problem_of<float>(q, kv, as_output, options), kv, detail::no_variant{}))
-    return detail::raise(f);
+  const auto call = detail::problem_of<float>(q, kv, as_output, options);
+  if (const auto f = detail::find_gone_fault(call, kv, detail::no_variant{})) return detail::raise(f);
 
-  const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
-  for (index_t b = 0; b < shape.batch; ++b) {
-    const index_t keys = options.kv_lengths.empty() ? kv.length(b) : options.kv_lengths[static_cast<std::size_t>(b)];
-    const index_t offset = reference::impl::first_position(options, b, keys, q_len);
-    for (index_t g = 0; g < shape.kv_heads; ++g) {
+  for (index_t b = 0; b < call.shape.batch; ++b) {
+    const index_t keys = call.length(kv, b), offset = call.query_offset(b, keys);
+    for (index_t g = 0; g < call.shape.kv_heads; ++g) {
       const detail::decoded_head head(kv, b, g, keys);
-      for (index_t h = 0; h < q_heads; ++h) {
-        if (reference::impl::kv_head_of(options, h, q_heads, shape.kv_heads) != g) continue;
-        for (index_t s = 0; s < q_len; ++s) {
-          const detail::bounded_query query(&q(b, s, h, 0), dim);
+      for (index_t h = call.first_head(g); h < call.first_head(g) + call.group_size(g); ++h) {
+        for (index_t s = 0; s < call.shape.q_len; ++s) {
+          const detail::bounded_query query(&q(b, s, h, 0), call.shape.head_dim);
           std::vector<detail::bounded_score> seen;
           if (!options.sinks.empty())
             seen.push_back({-1, static_cast<double>(options.sinks[static_cast<std::size_t>(h)]), 0, 0});
           for (index_t t = 0; t < keys; ++t) {
             const position p{b, h, offset + s, t};
             if (!reference::impl::sees(options, detail::no_variant{}, p, s)) continue;
-            seen.push_back(detail::score_of(query, head, options, scale, p, s));
+            seen.push_back(detail::score_of(query, head, options, call.scale(), p, s));
             seen.back().of_kernel += detail::weights_off<P>;
+            if (options.bias && seen.back().score == -std::numeric_limits<double>::infinity())
+              seen.pop_back();  // hidden
           }
           bound(b, s, h) = detail::row_bound(seen, head, keys);
         }

@@ -25,7 +25,8 @@ inline namespace GQA_ISA {
 
 /// A kv_source of as many tokens as one likes, of which the first `sink_tokens` and the newest `window` are readable,
 /// and those that share their tiles. Movable; one writer at a time, and no reader meanwhile.
-/// \tparam T  float, double, Eigen::half or Eigen::bfloat16: what is stored. Computed in float, double over double.
+/// \tparam T  float, double, Eigen::half, Eigen::bfloat16, q8 or kv_types: what is stored. Computed in float, double
+/// over double.
 template <class T>
 class ring_kv_cache : public detail::tiled_cache<T> {
  public:

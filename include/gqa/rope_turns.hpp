@@ -4,8 +4,9 @@
 ///
 /// Instead of rows that rope::rotate() turns in memory, attention() and batch_attention() take turned(q, turns), and
 /// the appends and writes of caches turned(k, turns): q and k stay as they are, and each row is turned when it is
-/// loaded or stored. Rows of float, and of what a cache holds, get the bits that rotate() gives them; narrower queries
-/// that meet keys as floats, and narrower keys on their way to 8 bits, are spared the rounding in between.
+/// loaded or stored. Rows of float and double get the bits that rotate() gives them, and so do keys of 16 bits on
+/// their way into a cache of their type. Others of 16 bits are spared a rounding in between: keys on their way to 8
+/// bits, queries that meet keys as floats or in 8 bits.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +55,7 @@ struct turned_rows {
 };
 
 /// \param rows   a tensor_view, or what view() takes
-/// \param turns  of as many tokens
+/// \param turns  of as many tokens; outlives what is returned
 template <class Rows, class A>
 [[nodiscard]] turned_rows<Rows, A> turned(Rows&& rows, const rope_turns<A>& turns) {
   return {std::forward<Rows>(rows), turns};

@@ -70,16 +70,12 @@ struct streamed_positions {
   std::vector<index_t> own, of_cache;
   bool any_shifted = false;
 };
-template <class Q, class Ring>
-[[nodiscard]] streamed_positions find_streamed_positions(const tensor_view<const Q, 4>& q, const Ring& ring,
-                                                         index_t last_whole, const attention_options& options) {
+template <class Problem, class Ring>
+[[nodiscard]] streamed_positions find_streamed_positions(const Problem& call, const Ring& ring, index_t last_whole) {
   streamed_positions at;
-  for (std::size_t b = 0; b < static_cast<std::size_t>(q.extent(0)); ++b) {
-    const index_t keys = options.kv_lengths.empty() ? ring.length(static_cast<index_t>(b)) : options.kv_lengths[b];
-    const index_t first = options.query_offset             ? *options.query_offset
-                          : !options.query_offsets.empty() ? options.query_offsets[b]
-                                                           : keys - q.extent(1);
-    for (index_t p = first; p < first + q.extent(1); ++p) {
+  for (index_t b = 0; b < call.shape.batch; ++b) {
+    const index_t first = call.query_offset(b, call.length(ring, b));
+    for (index_t p = first; p < first + call.shape.q_len; ++p) {
       at.own.push_back(p), at.of_cache.push_back(std::min(p, last_whole));
       at.any_shifted = at.any_shifted || p > last_whole;
     }
@@ -112,7 +108,7 @@ void attend_streaming(const tensor_view<const Q, 4>& q, const rope& embedding, c
     return raise(make_fault(errc::shape, "embedding: expected head_dim %lld, got %lld", printable(ring.head_dim()),
                             printable(embedding.head_dim())));
   const index_t last_whole = ring.sink_tokens() + ring.window() - 1;
-  const streamed_positions at = find_streamed_positions(q, ring, last_whole, options);
+  const streamed_positions at = find_streamed_positions(problem_of<A>(q, ring, out, options), ring, last_whole);
   attention_options seen = options;
   seen.causal = true;
   const error_watch watch;

@@ -4,6 +4,7 @@
 /// for float_products.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -19,13 +20,18 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// A tile as floats in `to`, which holds tile_elements<float>(head_dim, value_dim).
+/// A tile's first `tokens` as floats in `to`, which holds tile_elements<float>(head_dim, value_dim); panels without any
+/// of them are zeros.
 template <class P>
-[[nodiscard]] kv_tile<float> decode_tile(const kv_tile<P>& tile, index_t head_dim, index_t value_dim,
+[[nodiscard]] kv_tile<float> decode_tile(const kv_tile<P>& tile, index_t head_dim, index_t value_dim, index_t tokens,
                                          float* to) noexcept {
   const index_t columns = padded_value_dim(value_dim);
   float* const values = to + tile_panels * key_panel_elements<float>(head_dim);
-  for (index_t n = 0; n < tile_panels; ++n) {
+  const index_t panels = ceil_div(tokens, panel_tokens);
+  std::fill(to + panels * key_panel_elements<float>(head_dim), values, 0.0F);
+  std::fill(values + panels * value_panel_elements<float>(value_dim),
+            values + tile_panels * value_panel_elements<float>(value_dim), 0.0F);
+  for (index_t n = 0; n < panels; ++n) {
     const P* const keys_from = tile.k[static_cast<std::size_t>(n)];
     const P* const values_from = tile.v[static_cast<std::size_t>(n)];
     float* const keys_to = to + n * key_panel_elements<float>(head_dim);
@@ -60,7 +66,7 @@ class decoded_kv {
   [[nodiscard]] fault find_fault() const noexcept { return kv_.find_fault(); }
   [[nodiscard]] index_t scratch_elements() const noexcept { return tile_elements<float>(head_dim(), value_dim()); }
   [[nodiscard]] kv_tile<float> tile(index_t b, index_t g, index_t i, index_t tokens, float* scratch) const noexcept {
-    return decode_tile(kv_.tile(b, g, i, tokens, nullptr), head_dim(), value_dim(), scratch);
+    return decode_tile(kv_.tile(b, g, i, tokens, nullptr), head_dim(), value_dim(), tokens, scratch);
   }
 
   [[nodiscard]] bool has_sequence(index_t b) const noexcept requires requires(const Source& kv) { kv.has_sequence(b); }

@@ -32,7 +32,8 @@ template <class T>
 inline constexpr bool is_narrow_or_float = std::is_same_v<T, q8> || (storable<T> && !std::is_same_v<T, double>);
 template <class T>
 concept cacheable = storable<T> || std::is_same_v<T, q8> ||
-    (is_mixed<T>&& is_narrow_or_float<key_type<T>>&& is_narrow_or_float<value_type<T>>);
+    (is_mixed<T>&& is_narrow_or_float<key_type<T>>&& is_narrow_or_float<value_type<T>> &&
+     (std::is_same_v<key_type<T>, q8> || std::is_same_v<value_type<T>, q8>));
 template <class X, class T>
 inline constexpr bool is_taken_by_cache_of = std::is_same_v<std::remove_const_t<X>, float> ||
                                              (std::is_same_v<T, q8> ? sixteen_bit_float<std::remove_const_t<X>>

@@ -36,8 +36,9 @@ inline namespace GQA_ISA {
 
 using q8_operands = block_operands<q8, q8>;
 
-/// Weights whose largest, times its scale, is below this weigh nothing: a 32,767th of it has no reciprocal.
-inline constexpr float least_q8_unit = 0x1p-112F;
+/// Weights whose largest, times its scale, is below this are lifted before they are rounded, for a 32,767th of it may
+/// have no reciprocal; of values about as small as that. (Their unit may be denormal: an output may be off by 2^-114.)
+inline constexpr float least_q8_weight = 0x1p-100F, q8_lift = 0x1p100F;
 
 #if GQA_VNNI
 
@@ -97,7 +98,7 @@ void score_q8_panels(const q8_operands& op, index_t panel) noexcept {
           std::bit_cast<packet<float>>(broadcast_sum(op.q + r * op.q_stride + query.scales_at() + block * 4));
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v)
-        sum[r][v] = madd(mul<float>(floats_of(part[r][v]), query_scale), key_scale[v], sum[r][v]);
+        sum[r][v] = madd(floats_of(part[r][v]), mul<float>(query_scale, key_scale[v]), sum[r][v]);
     }
   }
   GQA_UNROLL
@@ -139,13 +140,17 @@ GQA_INLINE void round_weights(const q8_operands& op, index_t block, q8_weights<R
     packet<float> x[panels];
     GQA_UNROLL
     for (int n = 0; n < panels; ++n) x[n] = mul<float>(load(op.p + r * tile_tokens + n * panel_tokens), scale[n]);
-    const float top = max_lane<float>(max_or_nan(max_or_nan(x[0], x[1]), max_or_nan(x[2], x[3])));
-    float unit = top < least_q8_unit ? 0 : top * (1 / 32767.0F);
+    float top = max_lane<float>(max_or_nan(max_or_nan(x[0], x[1]), max_or_nan(x[2], x[3])));
+    float unit = top * (1 / 32767.0F);
+    if (top < least_q8_weight) {
+      for (packet<float>& lifted : x) lifted = mul<float>(lifted, broadcast(q8_lift));
+      top *= q8_lift;
+    }
     // Integers cannot carry it. (Weights that are NaN have made the row's sum so.)
     if (op.tile.nonfinite_values != 0 && any_nan(add(add(x[0], x[1]), add(x[2], x[3]))))
       unit = std::numeric_limits<float>::quiet_NaN();
     to.unit[r] = unit;
-    const packet<float> inverse = broadcast(top < least_q8_unit ? 0.0F : 32767.0F / top);
+    const packet<float> inverse = broadcast(top == 0 ? 0.0F : 32767.0F / top);
     GQA_UNROLL
     for (int n = 0; n < panels; ++n) store_words(to.words[r] + n * panel_tokens, mul<float>(x[n], inverse));
   }

@@ -29,8 +29,8 @@ namespace gqa {
 /// Eight bits: an integer under a scale that it shares with its neighbours (quantization.hpp).
 enum class q8 : std::uint8_t {};
 
-/// Keys of K and values of V in one cache, two of float, half, bfloat16 and q8 (quantization.hpp). As an element of the
-/// cache's memory: a byte.
+/// Keys of K and values of V in one cache: q8, and one of float, half and bfloat16 (quantization.hpp). As an element of
+/// the cache's memory: a byte.
 template <class K, class V>
 class kv_types {
  public:

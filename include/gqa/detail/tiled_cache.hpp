@@ -3,8 +3,9 @@
 /// tiled_cache: what kv_cache and ring_kv_cache have in common, which is all but how many tokens they keep.
 ///
 /// Memory: [batch][kv head][slot of a tile of 64 tokens][keys, then values], 64 (D' + E') elements a slot, D' = D
-/// rounded up to 2 for bfloat16, E' = E rounded up to 16 (detail/tile.hpp); all of it from one allocation at
-/// construction. Tiles have the slots of their numbers; those of a ring from some tile on take turns in the last ones.
+/// rounded up to 2 for bfloat16, to 4 for 8 bits, E' = E rounded up to 16 (detail/tile.hpp; 8 bits with their scales
+/// behind them); all of it from one allocation at construction. Tiles have the slots of their numbers; those of a ring
+/// from some tile on take turns in the last ones.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +54,8 @@ class tiled_cache {
 
   /// Appends t tokens to every sequence, rounded to nearest even. k may be turned() (rope_turns.hpp).
   /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float (of q8: half or bfloat16, too); t >= 0, sequences may
-  /// differ in length \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
+  ///               differ in length
+  /// \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
   template <turnable K, tensor_like V>
   void append(K&& k, V&& v) {
     append_to(0, batch_, as_turnable(std::forward<K>(k)), as_view(std::forward<V>(v)));

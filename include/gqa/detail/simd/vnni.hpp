@@ -15,12 +15,6 @@
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 
-#if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define GQA_VNNI 1
-#else
-#define GQA_VNNI 0
-#endif
-
 GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
