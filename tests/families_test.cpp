@@ -250,7 +250,6 @@ TEST(Families, HaveTheBitsOfSingleCalls) {
 }
 TEST(Families, HaveTheBitsOfSingleCallsInOtherTypes) {
   expect_any_tree<double>(15, 3);
-  expect_any_tree<Eigen::half>(15, 4);
   expect_any_tree<q8>(40, 5);
 }
 

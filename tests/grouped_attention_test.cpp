@@ -988,5 +988,34 @@ TEST(GroupwiseAttention, RefusesGroupsThatDoNotFit) {
 }
 #endif
 
+// What works on single elements decodes tiles of 8 bits first: it is that of the floats that are stored.
+TEST(GroupedAttention, DecodesEightBits) {
+  rng random(11);
+  const index_t tokens = 256, heads = 4, kv_heads = 2, dim = 16;
+  std::vector<float> q, x;
+  for (index_t i = 0; i < tokens * heads * dim; ++i) q.push_back(static_cast<float>(random.normal()));
+  for (index_t i = 0; i < tokens * kv_heads * dim; ++i) x.push_back(static_cast<float>(random.normal()));
+  kv_cache<q8> cache(1, kv_heads, tokens, dim);
+  kv_cache<float> decoded(1, kv_heads, tokens, dim);
+  cache.append(view(x.data(), {1, tokens, kv_heads, dim}), view(x.data(), {1, tokens, kv_heads, dim}));
+  for (index_t t = 0; t < tokens; ++t) {
+    std::vector<float> row;
+    for (index_t g = 0; g < kv_heads; ++g) {
+      const auto key = cache.key(0, t, g);
+      row.insert(row.end(), key.begin(), key.end());
+    }
+    decoded.append(view(row.data(), {1, 1, kv_heads, dim}), view(row.data(), {1, 1, kv_heads, dim}));
+  }
+  grouped_options options;
+  options.attention.causal = true;
+  options.block = 64, options.window = 64, options.grouping.groups = 8, options.always_group = true;
+  std::vector<float> actual(q.size()), expected(q.size());
+  context ctx;
+  const auto rows = [&](std::vector<float>& of) { return view(of.data(), {1, tokens, heads, dim}); };
+  grouped_attention(rows(q), cache, rows(actual), options, ctx);
+  grouped_attention(rows(q), decoded, rows(expected), options, ctx);
+  EXPECT_EQ(actual, expected);
+}
+
 }  // namespace
 }  // namespace gqa::test

@@ -388,30 +388,6 @@ TEST(Quantization, KeepsHiddenNanOut) {
   expect_hidden_nan<kv_types<q8, Eigen::bfloat16>>();
 }
 
-// What works on single elements decodes tiles first: grouped attention is that of the floats that are stored.
-TEST(Quantization, IsDecodedForGroups) {
-  rng random(11);
-  const q8_case c({1, 256, 256, 4, 2, 16, 24}, random);
-  const kv_cache<q8> cache = c.cache();
-  kv_cache<float> decoded(1, 2, 256, 16, 24);
-  for (index_t t = 0; t < 256; ++t) {
-    std::vector<float> k, v;
-    for (index_t g = 0; g < 2; ++g) {
-      const auto key = cache.key(0, t, g), value = cache.value(0, t, g);
-      k.insert(k.end(), key.begin(), key.end()), v.insert(v.end(), value.begin(), value.end());
-    }
-    decoded.append(view(k.data(), {1, 1, 2, 16}), view(v.data(), {1, 1, 2, 24}));
-  }
-  grouped_options options;
-  options.attention.causal = true;
-  options.block = 64, options.window = 64, options.grouping.groups = 8, options.always_group = true;
-  std::vector<float> actual = c.output(), expected = c.output();
-  context ctx;
-  grouped_attention(c.queries(), cache, c.as_output(actual), options, ctx);
-  grouped_attention(c.queries(), decoded, c.as_output(expected), options, ctx);
-  EXPECT_EQ(actual, expected);
-}
-
 TEST(Quantization, ShowsWhatItHolds) {
   kv_cache<q8> cache(1, 1, 4, 40);
   std::vector<float> x(80, 0.5f);

@@ -101,7 +101,6 @@ TEST(RingKvCache, HasTheBitsOfAKvCache) {
 }
 TEST(RingKvCache, HasTheBitsOfAKvCacheInOtherTypes) {
   expect_any_stream<double>(3, 1200, 3);
-  expect_any_stream<Eigen::half>(3, 1200, 4);
   expect_any_stream<q8>(6, 1200, 5);
 }
 

@@ -79,6 +79,7 @@ GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, float>::run(
 GQA_TEST_CALL void scheduler<kv_cache<Eigen::half>, no_variant, float>::run();
 GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, no_variant, float>::run();
 GQA_TEST_CALL void scheduler<kv_cache<float>, draft_masks, float>::run();
+GQA_TEST_CALL void grouped_runner<float, dense_kv<float, float>, tensor_view<float, 4>>::run();
 GQA_TEST_CALL void scheduler<paged_layer<float>, draft_masks, float>::run();
 GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, float>::run();
 GQA_TEST_CALL void scheduler<decoded_kv<paged_layer<q8>>, draft_masks, float>::run();

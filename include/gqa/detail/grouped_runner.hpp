@@ -63,16 +63,7 @@ class grouped_runner {
         problem_(problem_of<A>(q, kv, out, options.attention)),
         pools_(head_pools_of(problem_)) {}
 
-  void run() {
-    list_blocks();
-    if (report_ != nullptr) {
-      report_->blocks.clear();
-      report_->blocks.reserve(blocks_.size());
-      for (const block& b : blocks_) report_->blocks.push_back(empty_report(b));
-    }
-    run_grouped();
-    if (!failed_) run_exact();
-  }
+  void run();
 
  private:
   /// Rows of the call in one block of positions, of heads of KV head g.
@@ -561,6 +552,19 @@ class grouped_runner {
   std::vector<worker_state> workers_;
   std::atomic<bool> failed_{false};
 };
+
+// Not in the class, as scheduler::run().
+template <class Q, class KV, class Out>
+void grouped_runner<Q, KV, Out>::run() {
+  list_blocks();
+  if (report_ != nullptr) {
+    report_->blocks.clear();
+    report_->blocks.reserve(blocks_.size());
+    for (const block& b : blocks_) report_->blocks.push_back(empty_report(b));
+  }
+  run_grouped();
+  if (!failed_) run_exact();
+}
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -71,7 +71,7 @@ void score_q8_panels(const q8_operands& op, index_t panel) noexcept {
     const q8* const end = keys[0] + std::min<index_t>(scale_channels * panel_tokens, scales[0] - keys[0]);
     while (keys[0] != end) {
       if constexpr (How == reading::blocks) prefetch<2>(op.next.keys.at, next), next += 64;
-      __m512i step[Vectors];
+      packet_bytes step[Vectors];
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v) {
         step[v] = load_keys(keys[v]);
@@ -94,8 +94,7 @@ void score_q8_panels(const q8_operands& op, index_t panel) noexcept {
     }
     GQA_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const packet<float> query_scale =
-          std::bit_cast<packet<float>>(broadcast_sum(op.q + r * op.q_stride + query.scales_at() + block * 4));
+      const packet<float> query_scale = broadcast_scale(op.q + r * op.q_stride + query.scales_at() + block * 4);
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v)
         sum[r][v] = madd(floats_of(part[r][v]), mul<float>(query_scale, key_scale[v]), sum[r][v]);
@@ -174,7 +173,7 @@ GQA_INLINE void add_q8_columns(const q8_operands& op, const value_place& at,
     const q8* from = op.tile.v[static_cast<std::size_t>(panel)] + at.block * panel_tokens + at.column * pair;
     for (index_t t = panel * panel_tokens; t < (panel + 1) * panel_tokens; t += pair) {
       if constexpr (How == reading::blocks) prefetch<2>(op.next.values.at, next), next += 64;
-      __m512i step[Vectors];
+      packet_bytes step[Vectors];
       GQA_UNROLL
       for (int v = 0; v < Vectors; ++v) {
         step[v] = load_value_pairs(from + v * width * pair);

@@ -27,6 +27,9 @@ inline constexpr bool has_dot<q8> = true;
 /// 16 sums. (A vector of words: sums that are 8 double words between instructions, GCC copies before and after each.)
 typedef std::int32_t packet_sums __attribute__((vector_size(64)));
 
+/// 16 lanes of 4 bytes or of 2 words.
+using packet_bytes = __m512i;
+
 [[nodiscard]] GQA_INLINE packet_sums zero_sums() noexcept {
   return packet_sums{};
 }
@@ -39,20 +42,26 @@ typedef std::int32_t packet_sums __attribute__((vector_size(64)));
   return std::bit_cast<packet_sums>(_mm512_set1_epi32(load_word(from)));
 }
 
+[[nodiscard]] GQA_INLINE packet<float> broadcast_scale(const void* from) noexcept {
+  return _mm512_castsi512_ps(_mm512_set1_epi32(load_word(from)));
+}
+
 /// 4 channels of 16 keys, and sum[t] += their products with 4 signed bytes.
-[[nodiscard]] GQA_INLINE __m512i load_keys(const q8* from) noexcept {
+[[nodiscard]] GQA_INLINE packet_bytes load_keys(const q8* from) noexcept {
   return _mm512_loadu_si512(from);
 }
-[[nodiscard]] GQA_INLINE packet_sums add_dot4(const packet_sums& sum, const __m512i& keys, const void* four) noexcept {
+[[nodiscard]] GQA_INLINE packet_sums add_dot4(const packet_sums& sum, const packet_bytes& keys,
+                                              const void* four) noexcept {
   return std::bit_cast<packet_sums>(
       _mm512_dpbusd_epi32(std::bit_cast<__m512i>(sum), keys, _mm512_set1_epi32(load_word(four))));
 }
 
 /// 16 columns of a pair of tokens, and sum[e] += their products with 2 weights.
-[[nodiscard]] GQA_INLINE __m512i load_value_pairs(const q8* from) noexcept {
+[[nodiscard]] GQA_INLINE packet_bytes load_value_pairs(const q8* from) noexcept {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-[[nodiscard]] GQA_INLINE packet_sums add_dot2(const packet_sums& sum, const __m512i& values, const void* two) noexcept {
+[[nodiscard]] GQA_INLINE packet_sums add_dot2(const packet_sums& sum, const packet_bytes& values,
+                                              const void* two) noexcept {
   return std::bit_cast<packet_sums>(
       _mm512_dpwssd_epi32(std::bit_cast<__m512i>(sum), values, _mm512_set1_epi32(load_word(two))));
 }
