@@ -242,9 +242,8 @@ void expect_decoded_tiles() {
   for (index_t t = 0; t < 150; ++t) {
     std::vector<float> k, v;
     for (index_t g = 0; g < 2; ++g) {
-      const auto key = cache.key(0, t, g), value = cache.value(0, t, g);
-      for (const auto x : key) k.push_back(static_cast<float>(x));
-      for (const auto x : value) v.push_back(static_cast<float>(x));
+      for (const auto x : cache.key(0, t, g)) k.push_back(static_cast<float>(x));
+      for (const auto x : cache.value(0, t, g)) v.push_back(static_cast<float>(x));
     }
     decoded.append(view(k.data(), {1, 1, 2, 40}), view(v.data(), {1, 1, 2, 72}));
   }
