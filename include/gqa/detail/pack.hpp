@@ -17,6 +17,7 @@
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/tensor_view.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
