@@ -192,7 +192,8 @@ TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   EXPECT_NEAR(half, exact, 1e-4);  // an eighth of bfloat16's
   EXPECT_NEAR(bfloat16, exact, 1e-3);
   EXPECT_NE(eight_bits, exact);
-  EXPECT_NEAR(eight_bits, exact, 1e-3);
+  // Of one text of 512 tokens: 0.002 more, and 0.003 of standard deviation from text to text (docs/02_caches.md).
+  EXPECT_NEAR(eight_bits, exact, 0.002 + 3 * 0.003);
   EXPECT_EQ(run_llama(of_model("--kv-type f16 --attention grouped")).exit_code, 2);
 }
 
