@@ -15,6 +15,7 @@
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/q8_kernel.hpp>
+#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/tile_kernel.hpp>
@@ -96,13 +97,19 @@ struct kernels_for : stream_kernels<P, L, How> {};
 template <class P, class L>
 struct kernels_for<P, L, reading::blocks> : row_block_kernels<P, L> {};
 
+/// Kernels of either type ask as far ahead as they are told: at two distances lines between them would be asked for by
+/// neither.
+template <reading How>
+inline constexpr reading told_ahead = How == reading::in_order ? reading::scattered : How;
+
 template <class K, class V, class L, int Rows, reading How>
 void score_mixed(const block_operands<kv_types<K, V>, L>& op) noexcept {
   kv_tile<K> tile;
   for (std::size_t n = 0; n < tile.k.size(); ++n) tile.k[n] = keys_in(op.tile.k[n]);
   auto own = operands_with<K, left_of<K>>(op, tile);
   own.q = op.q;
-  kernels_for<K, left_of<K>, How>::scores[Rows - 1](own);
+  if constexpr (How == reading::in_order) own.ahead.k.fill(read_ahead_bytes<kv_types<K, V>>);
+  kernels_for<K, left_of<K>, told_ahead<How>>::scores[Rows - 1](own);
 }
 template <class K, class V, class L, int Rows, reading How>
 void value_mixed(const block_operands<kv_types<K, V>, L>& op) noexcept {
@@ -111,7 +118,8 @@ void value_mixed(const block_operands<kv_types<K, V>, L>& op) noexcept {
   tile.nonfinite_values = op.tile.nonfinite_values;
   auto own = operands_with<V, left_of<V>>(op, tile);
   own.p = op.p;
-  kernels_for<V, left_of<V>, How>::values[Rows - 1](own);
+  if constexpr (How == reading::in_order) own.ahead.v.fill(read_ahead_bytes<kv_types<K, V>>);
+  kernels_for<V, left_of<V>, told_ahead<How>>::values[Rows - 1](own);
 }
 
 template <class K, class V, class Q, class W>
