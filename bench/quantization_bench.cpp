@@ -20,6 +20,7 @@
 #include "../tests/support/rng.hpp"
 #include "support/operands.hpp"
 #include "support/probes.hpp"
+#include "support/run.hpp"
 #include "support/stopwatch.hpp"
 #include "support/workers.hpp"
 
@@ -211,11 +212,5 @@ void add_all() {
 }  // namespace gqa::bench
 
 int main(int argc, char** argv) {
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  gqa::huge_pages pages;  // of all caches
-  std::pmr::set_default_resource(&pages);
-  gqa::bench::add_all();
-  benchmark::RunSpecifiedBenchmarks();
-  benchmark::Shutdown();
+  return gqa::bench::run_in_huge_pages(argc, argv, gqa::bench::add_all);
 }

@@ -134,7 +134,7 @@ struct bounded_score {
                                             const attention_options& options, double scale, const position& p,
                                             index_t s) {
   const auto dim = static_cast<index_t>(q.row.size());
-  double product = 0, of_kernel = 0, of_key = 0, magnitude = 0;
+  double product = 0, of_kernel = 0, of_key = 0, magnitude = 0, key_sum = 0, added = 0;
   for (index_t d = 0; d < dim; ++d)
     product += q.row[static_cast<std::size_t>(d)] * head.k[static_cast<std::size_t>(p.key * dim + d)];
   for (index_t n = 0; n < head.blocks; ++n) {
@@ -142,9 +142,8 @@ struct bounded_score {
     of_kernel += q.step[i] * head.key_sum[at];
     of_key += q.sum[i] * half_step * head.key_scale[at];
     magnitude += q.sum[i] * static_cast<double>(most_q8) * head.key_scale[at];
+    key_sum += head.key_sum[at];
   }
-  double key_sum = 0, added = 0;
-  for (index_t n = 0; n < head.blocks; ++n) key_sum += head.key_sum[static_cast<std::size_t>(p.key * head.blocks + n)];
   if (options.bias) {
     const auto& bias = *options.bias;
     added += std::abs(

@@ -13,7 +13,6 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/mixed.hpp>
-#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/variants.hpp>
 

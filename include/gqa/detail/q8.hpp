@@ -79,9 +79,7 @@ template <class T>
   for (; i + width <= count; i += width) store(floats + i, load_as<float>(x + i));
   for (; i < count; ++i) floats[i] = static_cast<float>(x[i]);
   std::fill(floats + count, floats + scale_channels, 0.0F);
-  if (factor != 1) {
-    for (float& element : floats) element = static_cast<float>(static_cast<double>(element) * factor);
-  }
+  for (i = 0; i < scale_channels && factor != 1; i += width) store(floats + i, scaled<float>(load(floats + i), factor));
   return encode_floats(floats);
 }
 
