@@ -4,23 +4,25 @@
 #pragma once
 
 // IWYU pragma: begin_exports
-#include <gqa/attention.hpp>            // attention(), check(): exact attention, any grouping, any option
-#include <gqa/batch.hpp>                // batch_attention(): ragged batches of prefills, appends and decode steps
-#include <gqa/combine.hpp>              // merge_disjoint(), exclude(), gated_sum(), mix()
-#include <gqa/config.hpp>               // index_t, accumulator_t, GQA_NO_EXCEPTIONS
-#include <gqa/context.hpp>              // context: who runs the tasks, and scratch memory
-#include <gqa/diagnostics.hpp>          // attention_map(), entropy, mass, similarity of heads, compare()
-#include <gqa/eigen_tensor.hpp>         // view() of Eigen::Tensor and TensorMap
-#include <gqa/error.hpp>                // errc, error, set_error_handler()
-#include <gqa/grouped_attention.hpp>    // grouped_attention(): near keys exactly, far keys by query groups
-#include <gqa/grouped_options.hpp>      // grouped_options, grouped_report
-#include <gqa/groupwise_attention.hpp>  // groupwise_attention(): representatives attend, members share
-#include <gqa/groupwise_options.hpp>    // groupwise_form: clustered, improved, improved by log-sum-exps
-#include <gqa/huge_pages.hpp>           // huge_pages: memory for caches in pages of 2 MiB
-#include <gqa/kv_cache.hpp>             // kv_cache: keys and values of fixed capacity in the kernels' own order
-#include <gqa/kv_source.hpp>            // kv_view(), the concept kv_source
-#include <gqa/local_masks.hpp>          // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
-#include <gqa/openmp.hpp>               // openmp_executor
+#include <gqa/attention.hpp>              // attention(), check(): exact attention, any grouping, any option
+#include <gqa/batch.hpp>                  // batch_attention(): ragged batches of prefills, appends and decode steps
+#include <gqa/block_sparse.hpp>           // block_sparse_attention(): each block of queries on its list of key tiles
+#include <gqa/block_sparse_patterns.hpp>  // vertical_slash(), a_shape(), strided(), big_bird(): such lists
+#include <gqa/combine.hpp>                // merge_disjoint(), exclude(), gated_sum(), mix()
+#include <gqa/config.hpp>                 // index_t, accumulator_t, GQA_NO_EXCEPTIONS
+#include <gqa/context.hpp>                // context: who runs the tasks, and scratch memory
+#include <gqa/diagnostics.hpp>            // attention_map(), entropy, mass, similarity of heads, compare()
+#include <gqa/eigen_tensor.hpp>           // view() of Eigen::Tensor and TensorMap
+#include <gqa/error.hpp>                  // errc, error, set_error_handler()
+#include <gqa/grouped_attention.hpp>      // grouped_attention(): near keys exactly, far keys by query groups
+#include <gqa/grouped_options.hpp>        // grouped_options, grouped_report
+#include <gqa/groupwise_attention.hpp>    // groupwise_attention(): representatives attend, members share
+#include <gqa/groupwise_options.hpp>      // groupwise_form: clustered, improved, improved by log-sum-exps
+#include <gqa/huge_pages.hpp>             // huge_pages: memory for caches in pages of 2 MiB
+#include <gqa/kv_cache.hpp>               // kv_cache: keys and values of fixed capacity in the kernels' own order
+#include <gqa/kv_source.hpp>              // kv_view(), the concept kv_source
+#include <gqa/local_masks.hpp>            // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
+#include <gqa/openmp.hpp>                 // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
 #include <gqa/paged_kv_cache.hpp>    // paged_kv_cache: one pool of pages for all layers, forks that share them
 #include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables

@@ -8,11 +8,14 @@
 ///     visibility visible(const key_block& block) const;      // of a whole block, so that tiles are skipped
 ///     std::uint64_t visible_bits(const position& p) const;   // of 64 keys from p.key, a multiple of 64, a bit each
 ///     key_range keys(key_range queries) const;               // no query of these positions sees any key outside
+///     index_t query_block() const;                           // positions of a block of so many mostly see the same
+///     keys
 /// score() and visible(position) are asked only about keys that the options leave visible; visible(block) about whole
 /// rectangles of queries and keys, of which the options may hide a part; visible_bits(), in the place of
 /// visible(position) where there are both, about 64 keys of which the options may hide some and of which the last may
 /// not be there. keys() spares a long sequence from asking about every block; beside it there must be another function
-/// that hides. All are asked from several threads at once and in no promised order, and must agree with each other.
+/// that hides. query_block() spares queries of one block the keys that only those of another see. All are asked from
+/// several threads at once and in no promised order, and must agree with each other.
 /// What is absent costs nothing. (The idea: FlashInfer's attention variants, Ye et al. 2025.)
 #pragma once
 
@@ -74,6 +77,10 @@ concept hides_bits = requires(const V& v, const position& p) {
 template <class V>
 concept bounds_keys = requires(const V& v, const key_range& queries) {
   { v.keys(queries) } -> std::same_as<key_range>;
+};
+template <class V>
+concept has_query_blocks = requires(const V& v) {
+  { v.query_block() } -> std::same_as<index_t>;
 };
 /// Whether a variant hides any keys.
 template <class V>

@@ -26,6 +26,7 @@
 #include <gqa/detail/key_tiles.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/row_cut.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/tile_engine.hpp>
 
@@ -81,6 +82,17 @@ class scheduler {
     return true;
   }
 
+  /// How a family's rows are cut into row tiles.
+  [[nodiscard]] row_cut cut_of(const family& f) const noexcept {
+    const index_t b = f.members.front();
+    if constexpr (has_query_blocks<Variant>) {
+      if (f.members.size() == 1) return engine_.cut_in_blocks(b, largest_group_);
+    }
+    index_t rows = 0;
+    for (const index_t sequence : f.members) rows += most_rows_of(sequence);
+    return row_cut(rows);
+  }
+
   /// Rows of a sequence's largest group.
   [[nodiscard]] index_t most_rows_of(index_t b) const noexcept { return problem_.q_len(b) * largest_group_; }
 
@@ -117,18 +129,20 @@ class scheduler {
                                state_elements() * index_t{sizeof(A)},
                                heads_lie_together(kv_) && most_rows <= bundle_rows};
     const auto asks_of = [&](index_t n) -> family_request {
-      const index_t rows = rows_of(n);
-      return {engine_.tiles_of(families_[n].members), ceil_div(rows, row_tile_rows), std::min(rows, row_tile_rows)};
+      const family f = families_[n];
+      return {engine_.tiles_of(f.members), cut_of(f).tiles(), std::min(rows_of(n), row_tile_rows)};
     };
     const auto visits_of = [&](index_t n) {
       const family f = families_[n];
       index_t visits = 0;
       if (f.members.size() == 1) {
-        const index_t b = f.members.front(), rows = rows_of(n);
-        for (index_t first = 0; first < rows; first += row_tile_rows) {
-          const index_t end = std::min(first + row_tile_rows, rows);
-          visits += engine_.tiles_of(b, first / largest_group_, (end - 1) / largest_group_).size() *
-                    std::max(end - first, least_rows);
+        const index_t b = f.members.front();
+        const row_cut cut = cut_of(f);
+        for (index_t i = 0; i < cut.tiles(); ++i) {
+          const auto [first, count] = cut.tile(i, largest_group_, rows_of(n));
+          if (count == 0) continue;
+          visits += engine_.tiles_of(b, first / largest_group_, (first + count - 1) / largest_group_).size() *
+                    std::max(count, least_rows);
         }
         return visits;
       }
@@ -253,9 +267,10 @@ class scheduler {
 
   /// The n-th row tile of a bundle; no rows if a smaller group has fewer tiles.
   [[nodiscard]] row_tile row_tile_of(const bundle& item, index_t n) const noexcept {
-    const index_t g = item.g + n, first = item.i * row_tile_rows;
-    const std::span<const index_t> members = families_[item.family].members;
-    return {members, g, first, std::clamp<index_t>(engine_.rows_of(members, g) - first, 0, row_tile_rows)};
+    const index_t g = item.g + n;
+    const family f = families_[item.family];
+    const row_range rows = cut_of(f).tile(item.i, problem_.group_size(g), engine_.rows_of(f.members, g));
+    return {f.members, g, rows.first, rows.count};
   }
   /// Key tiles of a bundle. Those of several KV heads have all of their rows in it.
   [[nodiscard]] key_tiles tiles_of(const bundle& item) const noexcept {
@@ -285,19 +300,34 @@ class scheduler {
   void attend_rows(const bundle& item, const TileAt& tile_at, index_t worker) const {
     load_queries(item, worker);
     const key_tiles tiles = tiles_of(item);
+    bool any = false;  // whether there is a split before
     for (index_t split = 0; split < tiles.splits(); ++split) {
+      if (hides(item, tiles.split(split))) continue;
       attend_split(item, tiles, tiles.split(split), tile_at, worker,
-                   [split](index_t, const workspace& w) { return split == 0 ? w.total : w.current; });
-      for (index_t n = 0; n < plan_->bundle && split > 0; ++n) {
+                   [any](index_t, const workspace& w) { return any ? w.current : w.total; });
+      for (index_t n = 0; n < plan_->bundle && any; ++n) {
         const workspace w = workspace_of(worker, n);
         engine_.merge(row_tile_of(item, n), w.total, w.current);
       }
+      any = true;
     }
     for (index_t n = 0; n < plan_->bundle; ++n) {
       const raw_states<A> total = workspace_of(worker, n).total;
-      if (tiles.size() == 0) engine_.clear(row_tile_of(item, n), total);
+      if (!any) engine_.clear(row_tile_of(item, n), total);
       engine_.finish(row_tile_of(item, n), total);
     }
+  }
+
+  /// Whether a variant says that none of a bundle's rows sees any of some key tiles.
+  [[nodiscard]] bool hides(const bundle& item, key_range tiles) const {
+    if constexpr (hides_blocks<Variant>) {
+      for (index_t n = 0; n < plan_->bundle; ++n) {
+        const row_tile t = row_tile_of(item, n);
+        if (t.rows > 0 && engine_.find_block_visible(t, tiles) != visibility::none) return false;
+      }
+      return true;
+    }
+    return false;
   }
 
   /// One split of a bundle, its states left in memory.

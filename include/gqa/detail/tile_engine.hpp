@@ -26,6 +26,7 @@
 #include <gqa/detail/mixed.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/row_cut.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/tile.hpp>
@@ -190,6 +191,30 @@ class tile_engine {
     return tiles_of(t.b(), seen.first, seen.last);
   }
 
+  /// What a variant says of some key tiles as a block.
+  [[nodiscard]] visibility find_block_visible(const row_tile& t, key_range tiles) const {
+    if constexpr (hides_blocks<Variant>) {
+      const index_t head = problem_.first_head(t.g), head_end = head + problem_.group_size(t.g);
+      const auto says_of = [&](index_t b) {
+        const index_t keys = length(b), offset = problem_.query_offset(b, keys), first_key = tiles.begin * tile_tokens;
+        const query_range queries = queries_of(t, b);
+        return variant_.visible(key_block{b, head, head_end, offset + queries.first, offset + queries.last + 1,
+                                          first_key, std::min(tiles.end * tile_tokens, keys)});
+      };
+      const visibility first = says_of(t.b());
+      const bool agree =
+          std::all_of(t.members.begin() + 1, t.members.end(), [&](index_t b) { return says_of(b) == first; });
+      return agree ? first : visibility::some;
+    } else {
+      return hides_keys<Variant> ? visibility::some : visibility::all;
+    }
+  }
+
+  /// How the rows of a sequence are cut where a variant sees the same from all of a block of positions.
+  [[nodiscard]] row_cut cut_in_blocks(index_t b, index_t largest_group) const noexcept {
+    return {problem_.q_len(b), problem_.query_offset(b, length(b)), variant_.query_block(), largest_group};
+  }
+
   /// Valid tokens of a key tile.
   [[nodiscard]] index_t tokens_of(index_t b, index_t tile) const noexcept {
     return std::min(tile_tokens, length(b) - tile * tile_tokens);
@@ -234,7 +259,7 @@ class tile_engine {
   /// Attends to key tile i of the split; tile_at(b, g, i, scratch) packs it or finds it packed.
   template <class TileAt>
   void attend(const row_tile& t, index_t i, const TileAt& tile_at, workspace& w, const raw_states<A>& states) const {
-    const visibility block = find_block_visible(t, i);
+    const visibility block = find_block_visible(t, {i, i + 1});
     w.all_seen = block == visibility::all && w.whole.begin <= i && i < w.whole.end && !problem_.options.mask;
     if (block == visibility::none || !find_visible(t, i, block, w)) return;
     const kv_tile<P> now = tile_at(t.b(), t.g, i, w.tile);
@@ -432,25 +457,6 @@ class tile_engine {
                std::min(whole.end, std::max<index_t>(end, 0) / tile_tokens)};
     }
     return whole;
-  }
-
-  /// What a variant says of key tile i as a block.
-  [[nodiscard]] visibility find_block_visible(const row_tile& t, index_t i) const {
-    if constexpr (hides_blocks<Variant>) {
-      const index_t head = problem_.first_head(t.g), head_end = head + problem_.group_size(t.g);
-      const auto says_of = [&](index_t b) {
-        const index_t keys = length(b), offset = problem_.query_offset(b, keys), first_key = i * tile_tokens;
-        const query_range queries = queries_of(t, b);
-        return variant_.visible(key_block{b, head, head_end, offset + queries.first, offset + queries.last + 1,
-                                          first_key, std::min(first_key + tile_tokens, keys)});
-      };
-      const visibility first = says_of(t.b());
-      const bool agree =
-          std::all_of(t.members.begin() + 1, t.members.end(), [&](index_t b) { return says_of(b) == first; });
-      return agree ? first : visibility::some;
-    } else {
-      return hides_keys<Variant> ? visibility::some : visibility::all;
-    }
   }
 
   /// Fills the bits of each row for key tile i, and says whether any is set.
