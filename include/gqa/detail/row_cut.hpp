@@ -3,7 +3,7 @@
 /// row_cut: how the rows of a sequence and KV head, position by position, are cut into row tiles of at most 96.
 ///
 /// A variant may see the same key tiles from all positions of a block (block_sparse.hpp). Then no row tile has rows of
-/// two blocks, for it would visit the tiles of both; a block of more than 96 rows is cut into even parts.
+/// two blocks, for it would visit the tiles of both; a block of more than 96 rows is cut into several tiles.
 #pragma once
 
 #include <algorithm>
@@ -43,9 +43,9 @@ class row_cut {
     }
     const index_t begin = std::max<index_t>(i / parts_ * block_ - lead_, 0);
     const index_t end = std::min((i / parts_ + 1) * block_ - lead_, queries_);
-    const index_t part = i % parts_, in_block = (end - begin) * group;
-    const index_t first = part * in_block / parts_;
-    return {begin * group + first, (part + 1) * in_block / parts_ - first};
+    const index_t in_block = (end - begin) * group;
+    const index_t first = std::min(i % parts_ * row_tile_rows, in_block);
+    return {begin * group + first, std::min(in_block - first, row_tile_rows)};
   }
 
  private:
