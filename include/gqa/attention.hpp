@@ -223,6 +223,15 @@ void attend_in(const Queries& q, const Source& kv, const Out& out_or_state, cons
   scheduler<Source, Variant, L>(p, kv, variant, ctx).run();
 }
 
+/// What queries and weights are held in where panels of P are multiplied as they lie.
+template <class P>
+using dot_left = std::conditional_t<is_mixed<P>, lefts_of<P>, P>;
+/// Whether they are.
+template <class Q, class P>
+[[nodiscard]] bool takes_dot(const attention_options& options) noexcept {
+  return has_dot<P> && !options.float_products.value_or(std::is_same_v<Q, float> && !is_encoded<P>);
+}
+
 /// A checked call: erases the element types of q and out, chooses what products are made of, runs.
 template <class Queries, class Source, class Out, class Variant>
 void attend_checked(const Queries& q, const Source& kv, const Out& out_or_state, const attention_options& options,
@@ -231,9 +240,8 @@ void attend_checked(const Queries& q, const Source& kv, const Out& out_or_state,
   using panel_element = typename Source::panel_element;
   if (output_view(out_or_state).size() == 0) return;
   if constexpr (has_dot<panel_element>) {
-    using L = std::conditional_t<is_mixed<panel_element>, lefts_of<panel_element>, panel_element>;
-    if (!options.float_products.value_or(std::is_same_v<Q, float> && !is_encoded<panel_element>))
-      return attend_in<L>(q, kv, out_or_state, options, ragged, variant, ctx);
+    if (takes_dot<Q, panel_element>(options))
+      return attend_in<dot_left<panel_element>>(q, kv, out_or_state, options, ragged, variant, ctx);
   }
   if constexpr (is_encoded<panel_element>) {
     attend_in<float>(q, decoded_kv(kv), out_or_state, options, ragged, variant, ctx);

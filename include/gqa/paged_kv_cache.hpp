@@ -30,6 +30,7 @@
 #include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
+#include <gqa/variants.hpp>
 
 namespace gqa {
 inline namespace GQA_ISA {
@@ -56,6 +57,10 @@ class paged_layer {
   [[nodiscard]] bool has_sequence(index_t b) const noexcept { return cache_->has(static_cast<sequence_id>(b)); }
   [[nodiscard]] index_t scratch_elements() const noexcept { return 0; }
   [[nodiscard]] index_t page_size() const noexcept { return cache_->page_size_; }
+  [[nodiscard]] index_t bound_tokens() const noexcept { return cache_->pool_.bounds().page_tokens(); }
+  [[nodiscard]] detail::page_bounds<T> bounds(index_t b, index_t g, index_t page) const noexcept {
+    return cache_->pool_.bounds()[cache_->bounds_at(cache_->sequence(b), layer_, g, page * bound_tokens())];
+  }
   [[nodiscard]] std::span<const std::int32_t> pages_of(index_t b) const noexcept { return cache_->sequence(b).pages; }
   [[nodiscard]] bool has_shared_pages(index_t b) const noexcept {
     const auto pages = pages_of(b);
@@ -137,6 +142,15 @@ class paged_kv_cache {
   void truncate(sequence_id id, index_t length);
   void erase(sequence_id id);
 
+  /// Keeps, from now on, the largest and smallest element of each channel of the keys of every 16 or 64 tokens, those
+  /// that there are included: what page_selection.hpp decides by. 1/16 or 1/64 of the bytes of the cache besides.
+  /// After truncate() bounds may be wider than what is left, until the next token is written.
+  /// \param page_tokens  64 only if page_size is a multiple of it
+  /// \param memory  as at construction
+  /// \throws error  errc::option for other numbers of tokens; errc::capacity if there is no memory, and those that
+  ///                there were stay
+  void keep_key_bounds(index_t page_tokens = detail::tile_tokens, std::pmr::memory_resource* memory = nullptr);
+
   [[nodiscard]] bool has(sequence_id id) const noexcept {
     const auto n = static_cast<index_t>(id);
     return n >= 0 && n < slots() && sequences_[static_cast<std::size_t>(n)].is_there;
@@ -202,6 +216,14 @@ class paged_kv_cache {
     const index_t page = s.pages[static_cast<std::size_t>(token / page_size_)];
     return panel_of(page, layer, g, token % page_size_ / detail::panel_tokens);
   }
+
+  /// Number of the bounds of a token's page of bounds.
+  [[nodiscard]] index_t bounds_at(const paged_sequence& s, index_t layer, index_t g, index_t token) const noexcept {
+    const index_t page = s.pages[static_cast<std::size_t>(token / page_size_)], tokens = pool_.bounds().page_tokens();
+    return ((page * layers_ + layer) * kv_heads_ + g) * (page_size_ / tokens) + token % page_size_ / tokens;
+  }
+  /// Tokens [begin, end) of a sequence have been stored.
+  void update_bounds(index_t layer, const paged_sequence& s, index_t g, index_t begin, index_t end) noexcept;
 
   [[nodiscard]] detail::kv_tile<T> tile(index_t b, index_t layer, index_t g, index_t i, index_t tokens) const noexcept;
 
@@ -426,6 +448,46 @@ void paged_kv_cache<T>::write_rows(index_t layer, const paged_sequence& s, index
       if (tokens.end - tokens.begin == detail::panel_tokens) flag = 0;
       if (nonfinite) flag = 1;
     });
+    update_bounds(layer, s, g, position, position + v.extent(1));
+  }
+}
+
+template <class T>
+void paged_kv_cache<T>::update_bounds(index_t layer, const paged_sequence& s, index_t g, index_t begin,
+                                      index_t end) noexcept {
+  const index_t tokens = pool_.bounds().page_tokens();
+  if (tokens == 0) return;
+  for (index_t first = begin / tokens * tokens; first < end; first += tokens) {
+    const key_range written{std::max<index_t>(begin - first, 0), std::min(end - first, tokens)};
+    pool_.bounds().update(bounds_at(s, layer, g, first), written, std::min(s.length - first, tokens), [&](index_t n) {
+      return pool_.elements() + panel_at(s, layer, g, first + n * detail::panel_tokens).key_at;
+    });
+  }
+}
+
+template <class T>
+void paged_kv_cache<T>::keep_key_bounds(index_t page_tokens, std::pmr::memory_resource* memory) {
+  if (const auto f = detail::find_bound_tokens_fault(page_tokens)) return detail::raise(f);
+  if (page_size_ % page_tokens != 0)
+    return detail::raise(detail::make_fault(errc::option,
+                                            "page_tokens: expected 16, or 64 in pages of a multiple of it, got %lld in "
+                                            "pages of %lld",
+                                            detail::printable(page_tokens), detail::printable(page_size_)));
+  const index_t of_page = layers_ * kv_heads_ * (page_size_ / page_tokens);
+  if (!pool_.keep_bounds(of_page, page_tokens, head_dim_, memory))
+    return detail::raise(detail::make_fault(errc::capacity, "key bounds: expected memory for %lld pages, got none",
+                                            detail::printable(pages() * of_page)));
+  for (const paged_sequence& s : sequences_) {
+    for (index_t layer = 0; layer < layers_; ++layer) {
+      for (index_t g = 0; g < kv_heads_; ++g) {
+        for (index_t first = 0; first < s.length; first += page_tokens) {
+          // A sequence that shares a page may have more of it than this one.
+          const index_t end = std::min(first + page_tokens, s.length);
+          if (pool_.bounds().tokens_in(bounds_at(s, layer, g, first)) < end - first)
+            update_bounds(layer, s, g, first, end);
+        }
+      }
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/memory_piece.hpp>
 
 namespace gqa::detail {
@@ -43,11 +44,24 @@ class page_pool {
   [[nodiscard]] std::uint8_t* flags() noexcept { return flags_; }
   [[nodiscard]] const std::uint8_t* flags() const noexcept { return flags_; }
 
+  /// Keeps bounds of the keys of every `page_tokens` tokens, so many of them a page. False if there is no memory.
+  [[nodiscard]] bool keep_bounds(index_t of_page, index_t page_tokens, index_t head_dim,
+                                 std::pmr::memory_resource* memory) noexcept {
+    key_bounds<T> built;
+    if (!built.build(pages() * of_page, page_tokens, head_dim, memory)) return false;
+    bounds_.swap(built);
+    page_bounds_ = of_page;
+    return true;
+  }
+  [[nodiscard]] key_bounds<T>& bounds() noexcept { return bounds_; }
+  [[nodiscard]] const key_bounds<T>& bounds() const noexcept { return bounds_; }
+
   /// A free page, of which there must be one.
   [[nodiscard]] std::int32_t take() noexcept {
     const std::int32_t page = free_.back();
     free_.pop_back();
     owners_[static_cast<std::size_t>(page)] = 1;
+    if (page_bounds_ > 0) bounds_.forget(page * page_bounds_, page_bounds_);
     return page;
   }
   void share(std::int32_t page) noexcept { ++owners_[static_cast<std::size_t>(page)]; }
@@ -59,6 +73,7 @@ class page_pool {
     const std::int32_t to = take();
     std::copy_n(elements_ + page * page_elements_, page_elements_, elements_ + to * page_elements_);
     std::copy_n(flags_ + page * page_flags_, page_flags_, flags_ + to * page_flags_);
+    if (page_bounds_ > 0) bounds_.copy(page * page_bounds_, to * page_bounds_, page_bounds_);
     release(page);
     return to;
   }
@@ -68,6 +83,8 @@ class page_pool {
   T* elements_ = nullptr;
   std::uint8_t* flags_ = nullptr;
   index_t page_elements_ = 0, page_flags_ = 0;
+  key_bounds<T> bounds_;  // [pages, bounds of a page], where they are kept
+  index_t page_bounds_ = 0;
   std::vector<std::int32_t> owners_;  // [pages]
   std::vector<std::int32_t> free_;    // taken from the back
 };

@@ -268,16 +268,19 @@ class tile_engine {
   }
 
   /// Attends to the first of the key tiles as far as they lie in memory and a single row block sees all of them, with
-  /// plain scores: most of a decode step. It waits for memory more than it computes, so tiles are read as one stream
-  /// and nothing stands between the products but the softmax. Returns where it stopped.
-  [[nodiscard]] index_t stream(const row_tile& t, key_range tiles, workspace& w,
-                               const raw_states<A>& states) const noexcept {
+  /// plain scores, and leaves out tiles that a variant hides: most of a decode step. It waits for memory more than it
+  /// computes, so tiles are read as one stream and nothing stands between the products but the softmax. Returns where
+  /// it stopped.
+  [[nodiscard]] index_t stream(const row_tile& t, key_range tiles, workspace& w, const raw_states<A>& states) const {
     index_t i = tiles.begin;
-    if (!streams_ || !sees_intervals(t) || t.rows > stream_rows<A> || i < w.whole.begin) return i;
+    if (!streams_ || !(hides_blocks<Variant> || sees_intervals(t)) || problem_.options.mask) return i;
+    if (t.rows > stream_rows<A> || i < w.whole.begin) return i;
     const index_t end = std::min(tiles.end, w.whole.end);
     if (i >= end) return i;
     w.all_seen = true;
-    if constexpr (scattered) {  // of others nobody asks where the next tile is: it would cost 3 %
+    if constexpr (hides_blocks<Variant>) {
+      return stream_seen(t, {i, end}, w, states);
+    } else if constexpr (scattered) {  // of others nobody asks where the next tile is: it would cost 3 %
       for (kv_tile<P> now = tile(t.b(), t.g, i, nullptr), next; i < end; ++i, now = next) {
         next = i + 1 < tiles.end ? tile(t.b(), t.g, i + 1, nullptr) : now;
         stream_tile(t, now, next, w, states);
@@ -538,6 +541,30 @@ class tile_engine {
     softmax_steps<L>(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::values[rows](op);
     fetch_start(scattered ? next.k[0] : tile.next);
+  }
+
+  /// Streams the tiles that a variant shows all of, and leaves out those that it hides, up to the first of which it
+  /// shows some.
+  [[nodiscard]] index_t stream_seen(const row_tile& t, key_range tiles, workspace& w,
+                                    const raw_states<A>& states) const {
+    visibility seen = visibility::none;
+    const auto find_seen = [&](index_t i) {
+      for (; i < tiles.end; ++i) {
+        seen = find_block_visible(t, {i, i + 1});
+        if (seen != visibility::none) break;
+      }
+      return i;
+    };
+    index_t i = find_seen(tiles.begin);
+    if (i == tiles.end || seen == visibility::some) return i;
+    for (kv_tile<P> now = tile(t.b(), t.g, i, nullptr), next;; now = next) {
+      const index_t following = find_seen(i + 1);
+      next = following < tiles.end ? tile(t.b(), t.g, following, nullptr) : now;
+      now.next = next.k[0];
+      stream_tile(t, now, next, w, states);
+      i = following;
+      if (i == tiles.end || seen == visibility::some) return i;
+    }
   }
 
   /// Asks for the start of what is read next, so that memory stays busy while something else is computed. (More of it,

@@ -18,6 +18,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/memory_piece.hpp>
 #include <gqa/detail/mixed.hpp>
 #include <gqa/detail/pack.hpp>
@@ -109,7 +110,36 @@ class tiled_cache {
                                             });
   }
 
+  /// Keeps, from now on, the largest and smallest element of each channel of the keys of every 16 or 64 tokens, those
+  /// that there are included: what page_selection.hpp decides by. 1/16 or 1/64 of the bytes of the cache besides.
+  /// After truncate() bounds may be wider than what is left, until the next token is appended.
+  /// \param memory  as at construction
+  /// \throws error  errc::option for other numbers of tokens; errc::capacity if there is no memory, and those that
+  ///                there were stay
+  void keep_key_bounds(index_t page_tokens = tile_tokens, std::pmr::memory_resource* memory = nullptr) {
+    if (const auto f = find_bound_tokens_fault(page_tokens)) return raise(f);
+    const index_t slots = batch_ * kv_heads_ * (slots_.kept + slots_.turning);
+    key_bounds<T> built;
+    if (!built.build(slots * (tile_tokens / page_tokens), page_tokens, head_dim_, memory))
+      return raise(make_fault(errc::capacity, "key bounds: expected memory for %lld pages, got none",
+                              printable(slots * (tile_tokens / page_tokens))));
+    bounds_.swap(built);
+    for (index_t b = 0; b < batch_; ++b) {
+      const key_range gone = find_gone_tiles(b);
+      for (index_t i = 0; i < tiles_for(lengths_[b]); ++i) {
+        if (gone.begin <= i && i < gone.end) continue;
+        for (index_t g = 0; g < kv_heads_; ++g)
+          update_bounds(b, g, i, {0, std::min(tile_tokens, lengths_[b] - i * tile_tokens)});
+      }
+    }
+  }
+
   // What makes it a kv_source (kv_source.hpp).
+  [[nodiscard]] index_t bound_tokens() const noexcept { return bounds_.page_tokens(); }
+  [[nodiscard]] page_bounds<T> bounds(index_t b, index_t g, index_t page) const noexcept {
+    const index_t pages = tile_tokens / bound_tokens();
+    return bounds_[tile_index(b, g, page / pages) * pages + page % pages];
+  }
   [[nodiscard]] index_t batch() const noexcept { return batch_; }
   [[nodiscard]] index_t kv_heads() const noexcept { return kv_heads_; }
   [[nodiscard]] index_t kv_len() const noexcept {
@@ -138,6 +168,7 @@ class tiled_cache {
     std::swap(head_dim_, other.head_dim_), std::swap(value_dim_, other.value_dim_);
     memory_.swap(other.memory_), std::swap(tiles_, other.tiles_), std::swap(lengths_, other.lengths_);
     std::swap(begun_, other.begun_), std::swap(nonfinite_, other.nonfinite_);
+    bounds_.swap(other.bounds_);
   }
 
   /// Takes the memory of an empty cache, which stays empty where there is a fault. `name` is what an error calls it.
@@ -181,6 +212,19 @@ class tiled_cache {
     return tile_elements<T>(head_dim_, value_dim_);  // whole cache lines, for it is a multiple of 64
   }
 
+  /// Tokens of tile i have been stored, behind those before them.
+  void update_bounds(index_t b, index_t g, index_t i, key_range tokens) noexcept {
+    const index_t page_tokens = bound_tokens();
+    if (page_tokens == 0) return;
+    const index_t at = tile_index(b, g, i);
+    const T* const keys = tiles_ + at * elements_of_tile();
+    for (index_t first = tokens.begin / page_tokens * page_tokens; first < tokens.end; first += page_tokens) {
+      const key_range written{std::max(tokens.begin - first, index_t{0}), std::min(tokens.end - first, page_tokens)};
+      bounds_.update(at * (tile_tokens / page_tokens) + first / page_tokens, written, written.end,
+                     [&](index_t n) { return keys + (first / panel_tokens + n) * key_panel_elements<T>(head_dim_); });
+    }
+  }
+
   index_t batch_ = 0, kv_heads_ = 0, head_dim_ = 1, value_dim_ = 1;
   cache_slots slots_;
   memory_piece memory_;  // tiles, lengths, tiles begun, flags
@@ -188,6 +232,7 @@ class tiled_cache {
   index_t* lengths_ = nullptr;         // [batch]
   index_t* begun_ = nullptr;           // [batch]: tiles that have taken a slot, whatever was truncated since
   std::uint8_t* nonfinite_ = nullptr;  // [batch][kv head][slot]: bit i, panel i may hold a value that is not finite
+  key_bounds<T> bounds_;               // [batch][kv head][slot][pages of a tile], where they are kept
 };
 
 template <class T>
@@ -268,6 +313,8 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, cons
         std::uint8_t& flags = nonfinite_[at];
         if (tokens.starts) flags = static_cast<std::uint8_t>(flags & ~bit);  // what was there before is gone
         if (nonfinite) flags = static_cast<std::uint8_t>(flags | bit);
+        const index_t before_panel = in_tile * panel_tokens;
+        update_bounds(b, g, tile, {before_panel + tokens.begin, before_panel + tokens.end});
       });
     }
     lengths_[b] = after;
