@@ -3,6 +3,8 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <cmath>
+#include <memory_resource>
 #include <string>
 #include <vector>
 
@@ -85,7 +87,89 @@ void add_block_sparse(const std::string& type, index_t length, index_t q_heads, 
   add("random_0.1_of_heads_blocks_128", random(0.1));
 }
 
+// Decode of one token over `keys` keys of normal numbers, of which eight score `gap` nats above the rest for every row
+// of a KV head.
+template <class T>
+void run_pages(benchmark::State& state, index_t keys, index_t bound_tokens, double gap, double epsilon) {
+  constexpr index_t q_heads = 32, kv_heads = 8, dim = 128;
+  test::rng random(11);
+  tensor<T> q({1, 1, q_heads, dim}, layout::bshd);
+  std::vector<double> about(kv_heads * dim);
+  for (double& x : about) x = random.normal();
+  for (index_t h = 0; h < q_heads; ++h)
+    for (index_t d = 0; d < dim; ++d)
+      q.view()(0, 0, h, d) =
+          static_cast<T>(static_cast<float>(about[static_cast<std::size_t>(h / 4 * dim + d)] + 0.1 * random.normal()));
+  kv_cache<T> kv(1, kv_heads, keys, dim, dim, std::pmr::get_default_resource());
+  kv.keep_key_bounds(bound_tokens, std::pmr::get_default_resource());
+  {
+    constexpr index_t together = 1024;
+    tensor<float> k({1, together, kv_heads, dim}, layout::bshd), v({1, together, kv_heads, dim}, layout::bshd);
+    for (index_t first = 0; first < keys; first += together) {
+      for (auto& x : k.data()) x = static_cast<float>(random.normal());
+      for (auto& x : v.data()) x = static_cast<float>(random.normal());
+      for (index_t g = 0; g < kv_heads && first % (keys / 8) == 0; ++g) {
+        double norm = 0;
+        for (index_t d = 0; d < dim; ++d) {
+          const double x = about[static_cast<std::size_t>(g * dim + d)];
+          norm += x * x;
+        }
+        for (index_t d = 0; d < dim; ++d)
+          k.view()(0, 64 * g + 7, g, d) += static_cast<float>(about[static_cast<std::size_t>(g * dim + d)] * gap *
+                                                              std::sqrt(static_cast<double>(dim)) / norm);
+      }
+      kv.append(k.view(), v.view());
+    }
+  }
+  tensor<float> out({1, 1, q_heads, dim}, layout::bshd), exact_out({1, 1, q_heads, dim}, layout::bshd);
+  std::vector<float> lse(q_heads), exact_lse(q_heads);
+  const auto state_of = [&](tensor<float>& to, std::vector<float>& l) {
+    return partial_state<float>{to.view(), tensor_view<float, 3>(l.data(), {1, 1, q_heads})};
+  };
+  page_options options{.epsilon = epsilon};
+  options.attention.causal = true;
+  context ctx;
+  page_report report;
+  samples exact, paged;
+  for (auto _ : state) {
+    exact.add(seconds_of([&] { attention(q.view(), kv, state_of(exact_out, exact_lse), options.attention, ctx); }));
+    const double seconds = seconds_of([&] { page_attention(q.view(), kv, state_of(out, lse), options, ctx, &report); });
+    paged.add(seconds);
+    state.SetIterationTime(seconds);
+  }
+  double certified = 0, dropped = 0;
+  for (std::size_t row = 0; row < lse.size(); ++row) {
+    certified = std::max(certified, report.rows[row].dropped);
+    dropped = std::max(dropped, -std::expm1(static_cast<double>(lse[row]) - static_cast<double>(exact_lse[row])));
+  }
+  state.counters["seconds"] = paged.median();
+  state.counters["x_exact"] = exact.median() / paged.median();
+  state.counters["of_bytes"] = (report.bytes_read + report.bytes_of_bounds) / report.bytes_exact;
+  state.counters["of_pages"] = report.bytes_read / report.bytes_exact;
+  state.counters["certified"] = certified;
+  state.counters["dropped"] = dropped;
+  state.counters["rounds"] = static_cast<double>(report.rounds);
+  state.counters["rel_err"] =
+      compare(tensor_view<const float, 4>(out.view()), tensor_view<const float, 4>(exact_out.view())).relative;
+}
+
+template <class T>
+void add_pages(const std::string& type, index_t keys, index_t bound_tokens, double gap, int rounds = 21) {
+  const std::string name = "pages/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
+                           std::to_string(keys) + "h32g8d128/bounds" + std::to_string(bound_tokens) + "/t1";
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& state) { run_pages<T>(state, keys, bound_tokens, gap, 0.01); })
+      ->Iterations(rounds)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
 void add_all() {
+  add_pages<float>("f32", 4096, 64, 50, 3);
+  for (const double gap : {0, 10, 20, 25, 30, 35, 40, 50}) add_pages<float>("f32", 65536, 64, gap);
+  for (const double gap : {0, 20, 30, 35, 40, 50}) add_pages<Eigen::bfloat16>("bf16", 65536, 64, gap);
+  for (const double gap : {0, 30, 40, 50}) add_pages<float>("f32", 65536, 16, gap);
+  for (const double gap : {0, 30, 40, 50}) add_pages<Eigen::bfloat16>("bf16", 65536, 16, gap);
   add_block_sparse<float>("f32", 1024, 8, 2, 64, 3);
   add_block_sparse<float>("f32", 16384, 8, 2, 128, 3);
   add_block_sparse<Eigen::bfloat16>("bf16", 16384, 8, 2, 128, 3);

@@ -24,6 +24,8 @@
 #include <gqa/local_masks.hpp>            // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
 #include <gqa/openmp.hpp>                 // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
+#include <gqa/page_attention.hpp>    // page_attention(): decode that reads the pages which matter, with a certificate
+#include <gqa/page_options.hpp>      // page_options, page_report
 #include <gqa/paged_kv_cache.hpp>    // paged_kv_cache: one pool of pages for all layers, forks that share them
 #include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables
 #include <gqa/quantization.hpp>      // q8 for caches: 8 bits an element, and error_bound() of attention over them

@@ -5,8 +5,8 @@
 ///     cache.keep_key_bounds();                      // once: the caches keep them on append, truncate and fork
 ///     gqa::page_attention(q, cache, out, {.attention = {.causal = true}, .epsilon = 0.01}, ctx, &report);
 ///
-/// Bounds of the keys of each page say what a query scores with any of them at most (Quest, Tang et al. 2024). Pages are
-/// read in rounds by falling bound, for all heads of a group together; a row's rest is certified from
+/// Bounds of the keys of each page say what a query scores with any of them at most (Quest, Tang et al. 2024). Pages
+/// are read in rounds by falling bound, for all heads of a group together; a row's rest is certified from
 ///
 ///     sum over unread pages of n_p exp(U_p)    beside    exp(lse of what was read, sinks included)
 ///
@@ -99,7 +99,8 @@ class page_reader {
         rules_(problem_, nothing_),
         ctx_(ctx) {}
 
-  void run(page_report* report) {
+  template <class Out>
+  void run(const Out& out, page_report* report) {
     const call_shape& shape = problem_.shape;
     // Memory of the first worker's context: calls of this one do not use it.
     context* const workers = ctx_.detail_workers();
@@ -107,6 +108,11 @@ class page_reader {
     std::byte* const memory = workers[0].detail_scratch(bytes);
     if (memory == nullptr) return;
     carve(memory);
+    if (options_.epsilon == 0 && !options_.page_budget) {
+      attend(q_, kv_, out, options_.attention, nothing_, ctx_);
+      if (report != nullptr) fill(*report, 1);
+      return;
+    }
     for_each_task([&](head_task& t) { choose_first(t); });
     attention_options of_round = options_.attention;
     index_t rounds = 0;
@@ -128,9 +134,7 @@ class page_reader {
 
  private:
   [[nodiscard]] index_t tasks() const noexcept { return problem_.shape.batch * problem_.shape.kv_heads; }
-  [[nodiscard]] head_task& task(index_t b, index_t g) const noexcept {
-    return tasks_[b * problem_.shape.kv_heads + g];
-  }
+  [[nodiscard]] head_task& task(index_t b, index_t g) const noexcept { return tasks_[b * problem_.shape.kv_heads + g]; }
   [[nodiscard]] index_t kv_head_of(index_t q_head) const noexcept {
     const auto& offsets = options_.attention.group_offsets;
     if (offsets.empty()) return q_head / (problem_.shape.q_heads / problem_.shape.kv_heads);
@@ -158,14 +162,15 @@ class page_reader {
     take(round_out, rows * shape.value_dim), take(round_lse, rows);
     take(tasks_, tasks()), take(wants_more_, tasks()), take(bits, tasks() * words);
     take(split_queries_, rows * bound_length()), take(sums_, rows);
-    take(rows_, tasks() * row_elements() * index_t{sizeof(queries_of_left<L>)}), take(turned_, tasks() * row_elements());
+    take(rows_, tasks() * row_elements() * index_t{sizeof(queries_of_left<L>)}),
+        take(turned_, tasks() * row_elements());
     std::size_t used = take.used();
     rankers = memory == nullptr ? nullptr : memory + used;
     for (index_t n = 0; n < tasks(); ++n) {
       head_task measured{n / shape.kv_heads, n % shape.kv_heads, {}, {}, {}, {}};
       find_tiles(measured);
-      const std::size_t own = measured.ranker.carve(
-          rankers, {rows_of(measured.g), measured.tiles.size(), bounds_of_tile()});
+      const std::size_t own =
+          measured.ranker.carve(rankers, {rows_of(measured.g), measured.tiles.size(), bounds_of_tile()});
       used += own;
       if (memory == nullptr) continue;
       rankers += own;
@@ -203,8 +208,8 @@ class page_reader {
   /// Queries as the kernel holds them, split in positive and negative parts, in a row each.
   void split_queries(const head_task& t) noexcept {
     const index_t dim = problem_.shape.head_dim, task_at = &t - tasks_;
-    auto* const row = reinterpret_cast<queries_of_left<L>*>(rows_ + task_at * row_elements() *
-                                                                        index_t{sizeof(queries_of_left<L>)});
+    auto* const row =
+        reinterpret_cast<queries_of_left<L>*>(rows_ + task_at * row_elements() * index_t{sizeof(queries_of_left<L>)});
     const bool negative = rules_.score_factor() < 0;
     for (index_t r = 0; r < rows_of(t.g); ++r) {
       const row_place p = place_of(t, r);
@@ -267,11 +272,11 @@ class page_reader {
           for (index_t n = 0; n < count; ++n) {
             const index_t page = first_page + first + n, tokens = kv_.bound_tokens();
             const key_range own{page * tokens, std::min((page + 1) * tokens, keys)};
-            const bool hidden = own.end <= seen.begin || seen.end <= own.begin ||
-                                is_gone(t, page / bounds_of_tile());
+            const bool hidden = own.end <= seen.begin || seen.end <= own.begin || is_gone(t, page / bounds_of_tile());
             t.ranker.bound(row + r, first + n) =
-                hidden ? minus_infinity<A>
-                       : score_bound(u[r * panel_tokens + n], largest[static_cast<std::size_t>(n)], p, offset + p.s, own);
+                hidden
+                    ? minus_infinity<A>
+                    : score_bound(u[r * panel_tokens + n], largest[static_cast<std::size_t>(n)], p, offset + p.s, own);
           }
         }
       }
@@ -279,7 +284,8 @@ class page_reader {
   }
   /// The most that the kernel computes for a score, base 2, of a product with bounds: what rounds in either product of
   /// D and 2 D terms, chains of fused multiply-adds and a tree, is at most n u sum |q| |k|, u the unit roundoff.
-  [[nodiscard]] A score_bound(A product, A largest, const row_place& p, index_t position, key_range keys) const noexcept {
+  [[nodiscard]] A score_bound(A product, A largest, const row_place& p, index_t position,
+                              key_range keys) const noexcept {
     constexpr double unit = std::numeric_limits<A>::epsilon();  // twice the unit roundoff
     const auto terms = static_cast<double>(problem_.shape.head_dim + bound_length() / 16 + 16);
     const double factor = std::abs(static_cast<double>(rules_.score_factor()));
@@ -322,6 +328,7 @@ class page_reader {
       if (!is_gone(t, t.tiles.begin + tile)) t.round.add(t.tiles.begin + tile);
     };
     const auto take_keys = [&](key_range some) {
+      if (some.size() == 0) return;
       const index_t begin = std::max(floor_div(some.begin, tile_tokens), t.tiles.begin);
       const index_t end = std::min(ceil_div(std::max<index_t>(some.end, 0), tile_tokens), t.tiles.end);
       for (index_t tile = begin; tile < end; ++tile) take(tile - t.tiles.begin);
@@ -333,13 +340,12 @@ class page_reader {
         },
         take);
     take_keys({0, options_.sink_tokens});
-    take_keys({offset - options_.window + 1, offset + problem_.shape.q_len});
+    if (options_.window > 0) take_keys({offset - options_.window + 1, offset + problem_.shape.q_len});
     take_keys({t.gone.begin * tile_tokens, t.gone.end * tile_tokens});
     t.ranker.drop_taken();
     t.ranker.sort([&](index_t r) { return t.ranker.rest(r); });
-    t.ranker.take_first(std::min(pages_of_a_round, budget_of(t)), [&](index_t tile) {
-      t.round.add(t.tiles.begin + tile);
-    });
+    t.ranker.take_first(std::min(pages_of_a_round, budget_of(t)),
+                        [&](index_t tile) { t.round.add(t.tiles.begin + tile); });
   }
 
   /// What row r has read, in the unit of its masses; no more than that, whatever its sums rounded.
@@ -377,12 +383,13 @@ class page_reader {
     const auto tile_bytes = static_cast<double>(tile_elements<P>(shape.head_dim, shape.value_dim)) * sizeof(P);
     for (index_t n = 0; n < tasks(); ++n) {
       const head_task& t = tasks_[n];
-      const index_t pages = t.tiles.size() - gone_of(t), read = pages == 0 ? 0 : pages_read(t);
+      const index_t pages = t.tiles.size() - gone_of(t), read = pages - (pages == 0 ? 0 : t.ranker.unread());
       report.bytes_read += static_cast<double>(read) * tile_bytes;
       report.bytes_exact += static_cast<double>(pages) * tile_bytes;
-      report.bytes_of_bounds += static_cast<double>(pages * bounds_of_tile() * bound_length()) * sizeof(B);
+      if (options_.epsilon > 0 || options_.page_budget)
+        report.bytes_of_bounds += static_cast<double>(pages * bounds_of_tile() * bound_length()) * sizeof(B);
       for (index_t r = 0; r < rows_of(t.g); ++r) {
-        const double rest = pages == 0 ? 0 : t.ranker.rest(r) * (1 + 0x1p-20);
+        const double rest = read == pages ? 0 : t.ranker.rest(r) * (1 + 0x1p-20);
         const double dropped = rest == 0 ? 0 : rest / (rest + mass_read(t, r));
         report.rows[static_cast<std::size_t>(place_of(t, r).at)] = {dropped, read, pages};
       }
@@ -435,9 +442,9 @@ void attend_pages(const Queries& q, const Source& kv, const Out& out, const page
   if (output_view(out).size() == 0) return;
   if constexpr (has_dot<P>) {
     if (takes_dot<Q, P>(options.attention))
-      return page_reader<dot_left<P>, Queries, Source>(q, kv, out, options, ctx).run(report);
+      return page_reader<dot_left<P>, Queries, Source>(q, kv, out, options, ctx).run(out, report);
   }
-  page_reader<accumulator_t<P>, Queries, Source>(q, kv, out, options, ctx).run(report);
+  page_reader<accumulator_t<P>, Queries, Source>(q, kv, out, options, ctx).run(out, report);
 }
 
 }  // namespace GQA_ISA

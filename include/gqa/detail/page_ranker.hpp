@@ -96,8 +96,8 @@ class page_ranker {
   /// U of row r and the n-th bounds, to be filled in; of pages that it does not see -inf.
   [[nodiscard]] A& bound(index_t r, index_t n) noexcept { return mass_[r * padded_pages(shape_) + n]; }
 
-  /// Turns the bounds into masses, `keys_of(n)` the keys that the n-th are of. Pages with a bound that is no number must
-  /// be read: must_read(tile).
+  /// Turns the bounds into masses, `keys_of(n)` the keys that the n-th are of. Pages with a bound that is no number
+  /// must be read: must_read(tile).
   template <class KeysOf, class MustRead>
   void weigh(const KeysOf& keys_of, const MustRead& must_read) noexcept {
     constexpr A infinity = std::numeric_limits<A>::infinity();

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gqa/gqa.hpp>
+
+#include "support/attend.hpp"
+#include "support/cases.hpp"
+#include "support/pages.hpp"
+#include "support/refusal.hpp"
+
+namespace gqa::test {
+namespace {
+
+template <class T>
+kv_cache<T> cache_of(const operands<float, float>& in, index_t bound_tokens) {
+  const auto& n = in.of.shape;
+  kv_cache<T> cache(n.b, n.g, n.t, n.d, n.e);
+  if (bound_tokens > 0) cache.keep_key_bounds(bound_tokens);
+  cache.append(in.k.view(), in.v.view());
+  return cache;
+}
+
+struct paged_result : attended<float> {
+  page_report report;
+};
+
+template <class KV>
+paged_result run_pages(const operands<float, float>& in, const KV& kv, page_options o, context& ctx) {
+  const auto& n = in.of.shape;
+  paged_result r;
+  r.out.assign(static_cast<std::size_t>(n.b * n.s * n.h * n.e), std::numeric_limits<float>::quiet_NaN());
+  r.lse.assign(static_cast<std::size_t>(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
+  o.attention = in.options;
+  page_attention(in.q.view(), kv,
+                 partial_state<float>{tensor_view<float, 4>(r.out.data(), {n.b, n.s, n.h, n.e}),
+                                      tensor_view<float, 3>(r.lse.data(), {n.b, n.s, n.h})},
+                 o, ctx, &r.report);
+  return r;
+}
+
+// Keys around `topics` directions, a run of tokens each: pages differ, as those of texts do.
+operands<float, float> with_topics(const attention_case& c, index_t run, double spread) {
+  operands<float, float> in(c);
+  rng random(c.seed + 100);
+  const auto& n = c.shape;
+  for (index_t b = 0; b < n.b; ++b)
+    for (index_t g = 0; g < n.g; ++g)
+      for (index_t first = 0; first < n.t; first += run) {
+        std::vector<double> about(static_cast<std::size_t>(n.d));
+        for (double& x : about) x = 1.5 * random.normal();
+        for (index_t t = first; t < std::min(first + run, n.t); ++t)
+          for (index_t d = 0; d < n.d; ++d)
+            in.k.view()(b, t, g, d) = static_cast<float>(about[static_cast<std::size_t>(d)] + spread * random.normal());
+      }
+  return in;
+}
+
+// What exact attention over the cache's keys as stored says, in double.
+template <class T>
+oracle_result exact_over(const operands<float, float>& in, const kv_cache<T>& cache) {
+  const auto& n = in.of.shape;
+  tensor<double> q({n.b, n.s, n.h, n.d}, layout::bshd), k({n.b, n.t, n.g, n.d}, layout::bshd),
+      v({n.b, n.t, n.g, n.e}, layout::bshd);
+  std::copy(in.q.data().begin(), in.q.data().end(), q.data().begin());
+  for (index_t b = 0; b < n.b; ++b)
+    for (index_t t = 0; t < n.t; ++t)
+      for (index_t g = 0; g < n.g; ++g) {
+        const auto key = cache.key(b, t, g);
+        const auto value = cache.value(b, t, g);
+        for (index_t d = 0; d < n.d; ++d) k.view()(b, t, g, d) = static_cast<double>(key[static_cast<std::size_t>(d)]);
+        for (index_t e = 0; e < n.e; ++e)
+          v.view()(b, t, g, e) = static_cast<double>(value[static_cast<std::size_t>(e)]);
+      }
+  return run_oracle_on(q.view(), k.view(), v.view(), in.options);
+}
+
+// The certificate is no less than the mass really dropped, 1 - exp(lse_read - lse), no more than epsilon, and the
+// output is a mean that fits: o = (1 - m) o_read + m o_rest with o_rest within the values. `off`: what the kernel's lse
+// may be off by, and its outputs, in units of the largest value.
+void expect_certified(const paged_result& r, const oracle_result& exact, const operands<float, float>& in,
+                      double epsilon, double off) {
+  const auto e = static_cast<std::size_t>(in.of.shape.e);
+  for (std::size_t row = 0; row < r.lse.size(); ++row) {
+    const page_row& said = r.report.rows[row];
+    if (exact.lse[row] == -std::numeric_limits<double>::infinity()) {
+      EXPECT_EQ(r.lse[row], exact.lse[row]);
+      continue;
+    }
+    const double dropped = -std::expm1(static_cast<double>(r.lse[row]) - exact.lse[row]);
+    ASSERT_LE(dropped, said.dropped + off) << in.of.name() << ", row " << row;
+    ASSERT_LE(said.dropped, epsilon);
+    ASSERT_GE(said.dropped, 0);
+    ASSERT_TRUE(said.read <= said.pages && (said.read < said.pages || said.dropped == 0));
+    for (std::size_t i = row * e; i < (row + 1) * e; ++i)
+      ASSERT_LE(std::abs(static_cast<double>(r.out[i]) - exact.out[i]),
+                2 * exact.max_value * (std::max(dropped, 0.0) + 2 * off))
+          << in.of.name() << ", row " << row;
+  }
+}
+
+TEST(PageAttention, OfAllPagesIsExactAttention) {
+  for (const unsigned options : {0U, with_causal | with_sinks, with_causal | with_window | with_softcap,
+                                 with_causal | with_alibi | with_groups, with_lengths | with_mask}) {
+    operands<float, float> in({{2, 2, 700, 8, 2, 16, 24}, options, layout::bshd});
+    context ctx;
+    const auto cache = cache_of<float>(in, 64);
+    const auto exact = run_over(in, cache, ctx);
+    const auto paged = run_pages(in, cache, {.epsilon = 0}, ctx);
+    EXPECT_TRUE(paged.same_bits(exact)) << in.of.name();
+    for (const page_row& row : paged.report.rows) EXPECT_TRUE(row.read == row.pages && row.dropped == 0);
+    EXPECT_EQ(paged.report.bytes_read, paged.report.bytes_exact);
+    EXPECT_EQ(paged.report.bytes_of_bounds, 0);
+  }
+}
+
+// How many pages were left out.
+template <class T>
+index_t expect_all_certified(unsigned options) {
+  index_t saved = 0;
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    for (const index_t bound_tokens : {16, 64}) {
+      attention_case c{{2, seed % 2 == 0 ? 1 : 3, 4000, 6, 2, 16, 16}, options, layout::bshd, seed, 5};
+      const auto in = with_topics(c, seed % 3 == 0 ? 100 : 64, 0.3);
+      const auto cache = cache_of<T>(in, bound_tokens);
+      context ctx;
+      auto exact = exact_over(in, cache);
+      if (std::is_same_v<T, q8>) {  // queries, too, are rounded to 8 bits: what is certified is what the kernel sees
+        const auto kernel = run_over(in, cache, ctx);
+        exact.lse.assign(kernel.lse.begin(), kernel.lse.end());
+        exact.out.assign(kernel.out.begin(), kernel.out.end());
+      }
+      for (const double epsilon : {0.3, 0.01, 1e-4}) {
+        const auto r = run_pages(in, cache, {.epsilon = epsilon, .sink_tokens = 64, .window = 64}, ctx);
+        expect_certified(r, exact, in, epsilon, 1e-4);
+        for (const page_row& row : r.report.rows) saved += row.pages - row.read;
+      }
+    }
+  }
+  return saved;
+}
+TEST(PageAttention, CertifiesWhatItDrops) {
+  EXPECT_GT(expect_all_certified<float>(0), 2000);
+  EXPECT_GT(expect_all_certified<float>(with_causal | with_sinks | with_lengths), 1000);
+  EXPECT_GT(expect_all_certified<float>(with_causal | with_softcap | with_scale), 100);
+  EXPECT_GT(expect_all_certified<float>(with_causal | with_alibi), 2000);
+  EXPECT_GT(expect_all_certified<float>(with_causal | with_groups | with_window), 100);
+}
+TEST(PageAttention, CertifiesWhatItDropsOfOtherTypes) {
+  EXPECT_GT(expect_all_certified<Eigen::bfloat16>(with_causal), 2000);
+  EXPECT_GT(expect_all_certified<Eigen::half>(with_causal), 2000);
+  EXPECT_GT(expect_all_certified<q8>(with_causal | with_float_products), 2000);
+  EXPECT_GT(expect_all_certified<q8>(with_causal), 2000);
+}
+
+// Bounds are those of the keys as stored, through appends of any size and truncation.
+template <class T>
+void expect_bounds_of(const kv_cache<T>& cache, index_t kv_heads, index_t dim, bool exact) {
+  const index_t tokens = cache.bound_tokens(), padded = (dim + 15) / 16 * 16;
+  for (index_t b = 0; b < cache.batch(); ++b)
+    for (index_t g = 0; g < kv_heads; ++g)
+      for (index_t first = 0; first < cache.length(b); first += tokens) {
+        const auto bounds = cache.bounds(b, g, first / tokens);
+        double largest = 0;
+        for (index_t d = 0; d < dim; ++d) {
+          double high = -std::numeric_limits<double>::infinity(), low = -high;
+          for (index_t t = first; t < std::min(first + tokens, cache.length(b)); ++t) {
+            const auto x = static_cast<double>(cache.key(b, t, g)[static_cast<std::size_t>(d)]);
+            high = std::max(high, x), low = std::min(low, x);
+          }
+          const auto most = static_cast<double>(bounds.row[d]), least = static_cast<double>(bounds.row[padded + d]);
+          ASSERT_TRUE(exact ? most == high : most >= high && most <= high + std::abs(high) * 0x1p-7)
+              << most << " " << high;
+          ASSERT_TRUE(exact ? least == low : least <= low && least >= low - std::abs(low) * 0x1p-7)
+              << least << " " << low;
+          largest = std::max({largest, std::abs(most), std::abs(least)});
+        }
+        ASSERT_EQ(static_cast<double>(bounds.largest), largest);
+      }
+}
+template <class T>
+void expect_bounds(index_t bound_tokens, bool exact) {
+  const index_t dim = 20;
+  operands<float, float> in({{2, 1, 400, 2, 2, dim, 8}, 0, layout::bshd});
+  kv_cache<T> cache(2, 2, 400, dim, 8);
+  rng random(static_cast<std::uint64_t>(bound_tokens));
+  for (int step = 0; step < 60; ++step) {
+    const index_t length = cache.length(0), other = cache.length(1);
+    if (step == 20) cache.keep_key_bounds(bound_tokens);  // of tokens that there are
+    if (step % 10 == 9) {
+      cache.truncate(0, random.between(0, length));
+      if (cache.length(0) % bound_tokens == 0 || cache.length(0) == length) continue;
+      // Bounds of a page that was cut are those of what there was, until the next token.
+      cache.append(0, slice(slice(in.k.view(), 0, 0, 1), 1, cache.length(0), 1),
+                   slice(slice(in.v.view(), 0, 0, 1), 1, cache.length(0), 1));
+    } else {
+      const index_t b = step % 2, from = b == 0 ? length : other;
+      const index_t count = std::min(random.chance(0.5) ? 1 : random.between(0, 90), 400 - from);
+      cache.append(b, slice(slice(in.k.view(), 0, b, 1), 1, from, count),
+                   slice(slice(in.v.view(), 0, b, 1), 1, from, count));
+    }
+    if (step >= 20) expect_bounds_of(cache, 2, dim, exact);
+  }
+}
+TEST(KeyBounds, FollowAppendsAndTruncation) {
+  for (const index_t tokens : {16, 64}) {
+    expect_bounds<float>(tokens, true);
+    expect_bounds<Eigen::bfloat16>(tokens, true);
+    expect_bounds<Eigen::half>(tokens, true);
+    expect_bounds<double>(tokens, true);
+    expect_bounds<q8>(tokens, false);
+    expect_bounds<kv_types<Eigen::bfloat16, q8>>(tokens, true);
+  }
+}
+
+// log n + scale q.mean <= lse of a page <= log n + scale U, and U is no less than any score.
+TEST(KeyBounds, BoundScoresAndTheMassOfPages) {
+  for (std::uint64_t seed = 1; seed <= 300; ++seed) {
+    rng random(seed);
+    const index_t dim = random.between(1, 40), keys = random.between(1, 64);
+    operands<float, float> in({{1, 1, keys, 1, 1, dim, 1}, 0, layout::bshd, seed, 2});
+    auto cache = cache_of<q8>(in, 64);
+    const auto bounds = cache.bounds(0, 0, 0);
+    const index_t padded = (dim + 15) / 16 * 16;
+    double upper = 0, mean = 0, sum = 0, top = -1e300;
+    for (index_t d = 0; d < dim; ++d) {
+      const double q = in.q.view()(0, 0, 0, d);
+      upper += std::max(q * static_cast<double>(bounds.row[d]), q * static_cast<double>(bounds.row[padded + d]));
+    }
+    for (index_t t = 0; t < keys; ++t) {
+      double score = 0;
+      for (index_t d = 0; d < dim; ++d)
+        score += static_cast<double>(in.q.view()(0, 0, 0, d)) *
+                 static_cast<double>(cache.key(0, t, 0)[static_cast<std::size_t>(d)]);
+      mean += score / static_cast<double>(keys), sum += std::exp(score), top = std::max(top, score);
+    }
+    const double n = std::log(static_cast<double>(keys)), slack = 1e-12 * (1 + std::abs(upper));
+    ASSERT_LE(top, upper + slack);
+    ASSERT_LE(n + mean, std::log(sum) + slack);
+    ASSERT_LE(std::log(sum), n + upper + slack);
+  }
+}
+
+// One page has the key that all rows look for.
+operands<float, float> with_needle(index_t keys, index_t at, double gap) {
+  operands<float, float> in({{1, 1, keys, 8, 2, 32, 16}, with_causal, layout::bshd});
+  for (index_t h = 0; h < 8; ++h)
+    for (index_t d = 0; d < 32; ++d) in.q.view()(0, 0, h, d) = 1 + 0.1F * static_cast<float>(h % 3);
+  for (auto& x : in.k.data()) x *= 0.1F;
+  for (index_t g = 0; g < 2; ++g)
+    for (index_t d = 0; d < 32; ++d) in.k.view()(0, at, g, d) = static_cast<float>(gap * std::sqrt(32.0) / 32);
+  return in;
+}
+TEST(PageAttention, ReadsFewPagesWhereANeedleStandsOutAndAllWhereNothingDoes) {
+  context ctx;
+  const auto needle = with_needle(8000, 4321, 25);
+  const auto found = run_pages(needle, cache_of<float>(needle, 64), {.epsilon = 0.01}, ctx);
+  for (const page_row& row : found.report.rows) EXPECT_LE(row.read, 2 + 16);
+  EXPECT_LT(found.report.bytes_read, 0.2 * found.report.bytes_exact);
+  EXPECT_EQ(found.report.rounds, 1);
+
+  const auto flat = with_needle(8000, 4321, 0);
+  const auto all = run_pages(flat, cache_of<float>(flat, 64), {.epsilon = 0.01}, ctx);
+  for (const page_row& row : all.report.rows) EXPECT_GE(row.read, row.pages - 2);
+  EXPECT_LE(all.report.rounds, 3);
+}
+
+TEST(PageAttention, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {
+  context ctx;
+  auto in = with_needle(4000, 1000, 25);
+  const auto clean = run_pages(in, cache_of<float>(in, 64), {}, ctx);
+  for (auto& x : in.v.data()) x = std::numeric_limits<float>::quiet_NaN();
+  const auto poisoned = run_pages(in, cache_of<float>(in, 64), {}, ctx);
+  EXPECT_TRUE(std::isnan(poisoned.out[0]));  // the needle's own
+  in = with_needle(4000, 1000, 25);
+  // A page that no row needs; then one whose key is no number, which every row must see.
+  page_options budget{.sink_tokens = 0, .window = 0, .page_budget = 1};
+  const auto one = run_pages(in, cache_of<float>(in, 64), budget, ctx);
+  for (index_t t = 0; t < 4000; ++t) {
+    if (t / 64 != 1000 / 64) in.v.view()(0, t, 0, 3) = std::numeric_limits<float>::quiet_NaN();
+  }
+  EXPECT_TRUE(run_pages(in, cache_of<float>(in, 64), budget, ctx).same_bits(one));
+  in = with_needle(4000, 1000, 25);
+  in.k.view()(0, 3000, 1, 5) = std::numeric_limits<float>::quiet_NaN();
+  const auto seen = run_pages(in, cache_of<float>(in, 64), {}, ctx);
+  for (index_t h = 0; h < 8; ++h) EXPECT_EQ(std::isnan(seen.out[static_cast<std::size_t>(h * 16)]), h >= 4) << h;
+}
+
+TEST(PageAttention, KeepsToItsBudgetAndSaysWhatItCost) {
+  const auto in = with_topics({{1, 1, 3000, 8, 2, 16, 16}, with_causal, layout::bshd}, 64, 0.3);
+  const auto cache = cache_of<float>(in, 64);
+  const auto exact = exact_over(in, cache);
+  context ctx;
+  double before = 1;
+  for (const index_t budget : {3, 10, 20, 40}) {
+    const auto r = run_pages(in, cache, {.epsilon = 1e-6, .page_budget = budget}, ctx);
+    double worst = 0;
+    for (std::size_t row = 0; row < r.lse.size(); ++row) {
+      EXPECT_EQ(r.report.rows[row].read, budget);
+      const double dropped = -std::expm1(static_cast<double>(r.lse[row]) - exact.lse[row]);
+      EXPECT_LE(dropped, r.report.rows[row].dropped + 1e-4);
+      worst = std::max(worst, r.report.rows[row].dropped);
+    }
+    EXPECT_LE(worst, before);
+    before = worst;
+  }
+}
+
+TEST(PageAttention, HasTheSameBitsOnAnyThreads) {
+  const auto in = with_topics({{3, 2, 1500, 8, 4, 16, 16}, with_causal | with_sinks, layout::bshd}, 64, 0.3);
+  const auto cache = cache_of<float>(in, 16);
+  context ctx;
+  const auto one = run_pages(in, cache, {}, ctx);
+  Eigen::ThreadPool pool(3);
+  context threads(pool);
+  const auto three = run_pages(in, cache, {}, threads);
+  EXPECT_TRUE(three.same_bits(one));
+  EXPECT_EQ(three.report.rows, one.report.rows);
+}
+
+// Pages of a paged cache and of a ring choose as those of a kv_cache do.
+TEST(PageAttention, ChoosesAlikeFromAnyCache) {
+  auto in = with_topics({{1, 1, 1500, 8, 2, 16, 16}, with_causal, layout::bshd}, 64, 0.3);
+  context ctx;
+  for (const index_t bound_tokens : {16, 64}) {
+    const auto expected = run_pages(in, cache_of<float>(in, bound_tokens), {}, ctx);
+    ring_kv_cache<float> ring(1, 2, 0, 1600, 16, 16);
+    ring.keep_key_bounds(bound_tokens);
+    ring.append(in.k.view(), in.v.view());
+    EXPECT_TRUE(run_pages(in, ring, {}, ctx).same_bits(expected));
+
+    paged_kv_cache<float> paged(1, 100, bound_tokens == 16 ? 48 : 64, 2, 16, 16);
+    const auto rows = [&](const auto& x, index_t from, index_t count) {
+      return tensor_view<const float, 3>(&x(0, from, 0, 0), {count, 2, 16});
+    };
+    const auto append = [&](sequence_id id, index_t from, index_t count) {
+      paged.append(id, rows(in.k.view(), from, count), rows(in.v.view(), from, count));
+    };
+    const sequence_id parent = paged.create();
+    append(parent, 0, 700);
+    paged.keep_key_bounds(bound_tokens);
+    const sequence_id fork = paged.fork(parent);
+    paged.truncate(parent, 650);  // pages of both keep the bounds that the fork needs
+    append(parent, 0, 30);
+    append(fork, 700, 800);
+    append(parent, 30, 500);
+    std::vector<float> out(8 * 16), lse(8);
+    page_report report;
+    page_options o;
+    o.attention = in.options;
+    const auto layer = paged.layer(0);
+    std::vector<index_t> lengths;
+    paged.erase(parent);
+    const sequence_id moved = paged.fork(fork);  // number 0
+    paged.erase(fork);
+    EXPECT_EQ(static_cast<index_t>(moved), 0);
+    in.options.kv_lengths = {};
+    tensor<float> twice({2, 1, 8, 16}, layout::bshd), result({2, 1, 8, 16}, layout::bshd);
+    std::copy(in.q.data().begin(), in.q.data().end(), twice.data().begin());
+    page_attention(twice.view(), layer, result.view(), o, ctx, &report);
+    EXPECT_TRUE(std::memcmp(result.data().data(), expected.out.data(), 8 * 16 * sizeof(float)) == 0);
+  }
+}
+
+TEST(PageAttention, LeavesOutWhatARingHasDropped) {
+  const auto in = with_topics({{1, 1, 3000, 8, 2, 16, 16}, 0, layout::bshd}, 64, 0.3);
+  ring_kv_cache<float> ring(1, 2, 64, 1000, 16, 16);
+  ring.keep_key_bounds();
+  for (index_t t = 0; t < 3000; t += 60) ring.append(slice(in.k.view(), 1, t, 60), slice(in.v.view(), 1, t, 60));
+  operands<float, float> windowed(in.of);
+  windowed.q = in.q, windowed.k = in.k, windowed.v = in.v;
+  windowed.options.causal = true, windowed.options.window.left = 900;
+  context ctx;
+  const auto cache = cache_of<float>(windowed, 64);
+  EXPECT_TRUE(run_pages(windowed, ring, {}, ctx).same_bits(run_pages(windowed, cache, {}, ctx)));
+}
+
+TEST(PageAttention, RefusesWhatDoesNotFit) {
+  operands<float, float> in({{1, 1, 100, 4, 2, 16, 16}, with_causal, layout::bshd});
+  auto cache = cache_of<float>(in, 64);
+  auto without = cache_of<float>(in, 0);
+  std::vector<float> out(4 * 16);
+  const auto code = [&](const kv_cache<float>& kv, page_options o) {
+    context ctx;
+    return code_of([&] { page_attention(in.q.view(), kv, view(out.data(), {1, 1, 4, 16}), o, ctx); });
+  };
+  EXPECT_EQ(code(cache, {}), errc::ok);
+  EXPECT_EQ(code(without, {}), errc::option);
+  for (const double epsilon : {-0.1, 1.0, 2.0, std::numeric_limits<double>::quiet_NaN()})
+    EXPECT_EQ(code(cache, {.epsilon = epsilon}), errc::option);
+  EXPECT_EQ(code(cache, {.sink_tokens = -1}), errc::option);
+  EXPECT_EQ(code(cache, {.window = index_t{1} << 62}), errc::option);
+  EXPECT_EQ(code(cache, {.page_budget = -1}), errc::option);
+  page_options biased;
+  const std::vector<float> bias(100);
+  biased.attention.bias = tensor_view<const float, 4>(bias.data(), {1, 1, 1, 100});
+  EXPECT_EQ(code(cache, biased), errc::option);
+  EXPECT_EQ(code_of([&] { cache.keep_key_bounds(32); }), errc::option);
+  paged_kv_cache<float> paged(1, 4, 48, 2, 16);
+  EXPECT_EQ(code_of([&] { paged.keep_key_bounds(64); }), errc::option);
+  EXPECT_EQ(code_of([&] { paged.keep_key_bounds(16); }), errc::ok);
+}
+
+}  // namespace
+}  // namespace gqa::test
