@@ -62,6 +62,8 @@ class page_reader {
   using P = typename Source::panel_element;
   using A = accumulator_t<P>;
   using B = bound_element<P>;
+  /// What meets bounds: pairs where queries are held so, else accumulators.
+  using S = std::conditional_t<multiplies_pairs<B, queries_of_left<L>>, B, A>;
 
   /// A variant: the key tiles of a round.
   class round_tiles {
@@ -70,6 +72,7 @@ class page_reader {
     [[nodiscard]] visibility visible(const key_block& b) const noexcept {
       const tile_bits tiles = of_.task(b.batch, of_.kv_head_of(b.q_head_begin)).round;
       const index_t first = b.key_begin / tile_tokens, end = ceil_div(b.key_end, tile_tokens);
+      if (end == first + 1) return tiles.has(first) ? visibility::all : visibility::none;
       index_t seen = 0;
       for (index_t tile = first; tile < end; ++tile) seen += tiles.has(tile) ? 1 : 0;
       return seen == 0 ? visibility::none : seen == end - first ? visibility::all : visibility::some;
@@ -196,6 +199,10 @@ class page_reader {
     if (begin < end) t.tiles = {begin / tile_tokens, ceil_div(end, tile_tokens)};
     if constexpr (requires { kv_.gone_tiles(t.b); }) t.gone = kv_.gone_tiles(t.b);
   }
+  /// The first of its rows, where those of a task lie together.
+  [[nodiscard]] index_t first_row_of(const head_task& t) const noexcept {
+    return problem_.shape.q_len * (t.b * problem_.shape.q_heads + problem_.first_head(t.g));
+  }
   /// What row r of a task is: its query, head, and place among all rows.
   struct row_place {
     index_t s, h, at;
@@ -214,17 +221,17 @@ class page_reader {
     for (index_t r = 0; r < rows_of(t.g); ++r) {
       const row_place p = place_of(t, r);
       problem_.q.load(t.b, p.s, p.h, dim, rules_.query_factor(), row, turned_ + task_at * row_elements());
-      A* const positive_part = split_queries_ + p.at * bound_length();
-      A* const negative_part = positive_part + bound_length() / 2;
-      std::fill_n(positive_part, bound_length(), A{0});
+      S* const positive_part = split_queries_ + (first_row_of(t) + r) * bound_length();
+      S* const negative_part = positive_part + bound_length() / 2;
+      std::fill_n(positive_part, bound_length(), S(0));
       double sum = 0;
       for (index_t d = 0; d < dim; ++d) {
         const A loaded = element_of(row, d), x = negative ? -loaded : loaded;
-        if (x > 0 || x != x) positive_part[d] = x;
-        if (x < 0) negative_part[d] = x;
+        if (x > 0 || x != x) positive_part[d] = static_cast<S>(x);
+        if (x < 0) negative_part[d] = static_cast<S>(x);
         sum += std::abs(static_cast<double>(x));
       }
-      sums_[p.at] = sum;
+      sums_[first_row_of(t) + r] = sum;
     }
   }
   [[nodiscard]] A element_of(const queries_of_left<L>* row, index_t d) const noexcept {
@@ -240,68 +247,89 @@ class page_reader {
 
   /// Upper bounds of the scores of all rows of a task, base 2.
   void find_bounds(head_task& t) noexcept {
-    static constexpr auto kernels =
-        by_rows([]<int Rows>() { return &multiply_bounds<Rows, A, B>; }, std::make_integer_sequence<int, block_rows>{});
+    static constexpr auto kernels = by_rows([]<int Rows>() { return &multiply_bounds<Rows, A, S, B>; },
+                                            std::make_integer_sequence<int, block_rows>{});
     alignas(64) A u[block_rows * panel_tokens];
-    const index_t rows = rows_of(t.g), pages = t.tiles.size() * bounds_of_tile(),
-                  first_page = t.tiles.begin * bounds_of_tile(), group = problem_.group_size(t.g);
+    const index_t rows = rows_of(t.g), pages = t.tiles.size() * bounds_of_tile(), tokens = kv_.bound_tokens(),
+                  first_page = t.tiles.begin * bounds_of_tile(), group = problem_.group_size(t.g),
+                  first_row = first_row_of(t);
     const index_t keys = problem_.length(kv_, t.b), offset = problem_.query_offset(t.b, keys);
     for (index_t first = 0; first < pages; first += panel_tokens) {
       const index_t count = std::min(panel_tokens, pages - first);
       std::array<const B*, panel_tokens> bounds{};
-      std::array<A, panel_tokens> largest{};
+      alignas(64) std::array<A, panel_tokens> largest{};
       for (index_t n = 0; n < count; ++n) {
-        if (is_gone(t, (first_page + first + n) / bounds_of_tile())) {
-          bounds[static_cast<std::size_t>(n)] = reinterpret_cast<const B*>(split_queries_);  // anything
+        const index_t number = first_page + first + n;
+        if (is_gone(t, number / bounds_of_tile()) || number * tokens >= keys) {
+          bounds[static_cast<std::size_t>(n)] = reinterpret_cast<const B*>(split_queries_);  // anything: nobody sees it
           continue;
         }
-        const auto page = kv_.bounds(t.b, t.g, first_page + first + n);
+        const auto page = kv_.bounds(t.b, t.g, number);
         bounds[static_cast<std::size_t>(n)] = page.row, largest[static_cast<std::size_t>(n)] = page.largest;
       }
       for (index_t row = 0; row < rows; row += block_rows) {
         const index_t block = std::min<index_t>(block_rows, rows - row);
-        // The rows of a query lie together, those of the next one a query's heads later.
+        kernels[static_cast<std::size_t>(block - 1)](bounds, count, split_queries_ + (first_row + row) * bound_length(),
+                                                     bound_length(), bound_length(), u);
         for (index_t r = 0; r < block; ++r) {
-          const row_place p = place_of(t, row + r);
-          const bool together = row % group + block <= group;
-          if (r == 0 || !together)
-            kernels[static_cast<std::size_t>(together ? block - 1 : 0)](
-                bounds, count, split_queries_ + p.at * bound_length(), bound_length(), bound_length(),
-                u + r * panel_tokens);
-          const key_range seen = problem_.interval().keys_of(offset + p.s, keys);
+          const index_t position = offset + (row + r) / group;
+          const key_range seen = problem_.interval().keys_of(position, keys);
+          const A* const products = u + r * panel_tokens;
+          A* const scores = &t.ranker.bound(row + r, first);
+          const double rounding = rounding_of(sums_[first_row + row + r]);
+          const bool all_seen = seen.begin < (first_page + first + 1) * tokens &&
+                                (first_page + first + count - 1) * tokens < seen.end && t.gone.size() == 0;
+          if (all_seen && rules_.is_plain()) {
+            bound_plain_scores(products, largest.data(), rounding, scores);
+            continue;
+          }
           for (index_t n = 0; n < count; ++n) {
-            const index_t page = first_page + first + n, tokens = kv_.bound_tokens();
+            const index_t page = first_page + first + n;
             const key_range own{page * tokens, std::min((page + 1) * tokens, keys)};
             const bool hidden = own.end <= seen.begin || seen.end <= own.begin || is_gone(t, page / bounds_of_tile());
-            t.ranker.bound(row + r, first + n) =
-                hidden
-                    ? minus_infinity<A>
-                    : score_bound(u[r * panel_tokens + n], largest[static_cast<std::size_t>(n)], p, offset + p.s, own);
+            scores[n] = hidden ? page_ranker<A>::unseen
+                               : bound_score(products[n], largest[static_cast<std::size_t>(n)], rounding,
+                                             problem_.first_head(t.g) + (row + r) % group, position, own);
           }
         }
       }
     }
   }
-  /// The most that the kernel computes for a score, base 2, of a product with bounds: what rounds in either product of
-  /// D and 2 D terms, chains of fused multiply-adds and a tree, is at most n u sum |q| |k|, u the unit roundoff.
-  [[nodiscard]] A score_bound(A product, A largest, const row_place& p, index_t position,
+  /// What a product with bounds, and the kernel's with a key, may round off in all, beside the largest element of the
+  /// keys: chains of D and 2 D fused multiply-adds and a tree are off by at most n u sum |q| |k|, u the unit roundoff.
+  [[nodiscard]] double rounding_of(double sum_of_query) const noexcept {
+    const auto terms = static_cast<double>(problem_.shape.head_dim + bound_length() / 4 + 16);
+    return terms * unit * sum_of_query;
+  }
+  static constexpr double unit = std::numeric_limits<A>::epsilon();  // twice the unit roundoff
+  /// Scaling, capping, adding and storing: some roundings, and the kernel's tanh within 8 of them.
+  static constexpr double roundings = 32 * unit;
+
+  /// The most that the kernel computes for a score, base 2.
+  [[nodiscard]] A bound_score(A product, A largest, double rounding, index_t q_head, index_t position,
                               key_range keys) const noexcept {
-    constexpr double unit = std::numeric_limits<A>::epsilon();  // twice the unit roundoff
-    const auto terms = static_cast<double>(problem_.shape.head_dim + bound_length() / 16 + 16);
     const double factor = std::abs(static_cast<double>(rules_.score_factor()));
-    double score = (static_cast<double>(product) + terms * unit * sums_[p.at] * static_cast<double>(largest)) * factor;
+    double score = (static_cast<double>(product) + rounding * static_cast<double>(largest)) * factor;
     double size = std::abs(score);
     if (!rules_.is_plain()) {
       if (const double cap = options_.attention.softcap; cap != 0) score = cap * std::tanh(score / cap), size += cap;
       if (!options_.attention.alibi_slopes.empty()) {
-        const double slope = options_.attention.alibi_slopes[static_cast<std::size_t>(p.h)];
+        const double slope = options_.attention.alibi_slopes[static_cast<std::size_t>(q_head)];
         const double near = slope * static_cast<double>((slope > 0 ? keys.end - 1 : keys.begin) - position);
         score += near, size += std::abs(near);
       }
       score *= std::numbers::log2e, size *= std::numbers::log2e;
     }
-    // Scaling, capping, adding and the conversion below: some roundings, and the kernel's tanh within 8 of them.
-    return static_cast<A>(score + 32 * unit * size);
+    return static_cast<A>(score + roundings * size);
+  }
+  /// The same of 16 pages, where a score is a product and its factor.
+  void bound_plain_scores(const A* products, const A* largest, double rounding, A* scores) const noexcept {
+    const packet<A> factor = broadcast(std::abs(rules_.score_factor())), off = broadcast(static_cast<A>(rounding));
+    for (index_t n = 0; n < panel_tokens; n += packet_size<A>) {
+      const packet<A> score = mul<A>(madd(load(largest + n), off, load(products + n)), factor);
+      const packet<A> size = max_or_nan(score, sub(zeros<A>(), score));
+      store(scores + n, madd(size, broadcast(static_cast<A>(roundings)), score));
+    }
   }
 
   [[nodiscard]] static bool is_gone(const head_task& t, index_t tile) noexcept {
@@ -333,17 +361,14 @@ class page_reader {
       const index_t end = std::min(ceil_div(std::max<index_t>(some.end, 0), tile_tokens), t.tiles.end);
       for (index_t tile = begin; tile < end; ++tile) take(tile - t.tiles.begin);
     };
-    const index_t first_page = t.tiles.begin * bounds_of_tile();
-    t.ranker.weigh(
-        [&](index_t n) {
-          return std::clamp<index_t>(keys - (first_page + n) * kv_.bound_tokens(), 0, kv_.bound_tokens());
-        },
-        take);
+    const index_t tokens = kv_.bound_tokens(), first_page = t.tiles.begin * bounds_of_tile();
+    const index_t last = std::min(ceil_div(keys, tokens), t.tiles.end * bounds_of_tile()) - 1;
+    t.ranker.weigh(tokens, last - first_page, std::min(keys - last * tokens, tokens), take);
     take_keys({0, options_.sink_tokens});
     if (options_.window > 0) take_keys({offset - options_.window + 1, offset + problem_.shape.q_len});
     take_keys({t.gone.begin * tile_tokens, t.gone.end * tile_tokens});
     t.ranker.drop_taken();
-    t.ranker.sort([&](index_t r) { return t.ranker.rest(r); });
+    t.ranker.sort([&](index_t r) { return t.ranker.total(r); });
     t.ranker.take_first(std::min(pages_of_a_round, budget_of(t)),
                         [&](index_t tile) { t.round.add(t.tiles.begin + tile); });
   }
@@ -353,7 +378,6 @@ class page_reader {
     const row_place p = place_of(t, r);
     const auto lse = static_cast<double>(total_.lse(t.b, p.s, p.h));
     if (lse == -std::numeric_limits<double>::infinity()) return 0;
-    constexpr double unit = std::numeric_limits<A>::epsilon();
     const double weights = sums_in_lanes<L> ? 0x1p-8 : 0;
     const double off = weights + unit * (256 + 8 * std::abs(lse) + static_cast<double>(kv_.kv_len() / split_tokens));
     return std::exp2(lse * std::numbers::log2e - static_cast<double>(t.ranker.unit(r))) * std::max(1 - off, 0.0);
@@ -407,8 +431,8 @@ class page_reader {
   partial_state<A> total_, round_;
   head_task* tasks_ = nullptr;          // [B, G]
   std::uint8_t* wants_more_ = nullptr;  // [B, G]
-  A* split_queries_ = nullptr;          // [B, S, H, bound length]
-  double* sums_ = nullptr;              // [B, S, H], of a row's magnitudes
+  S* split_queries_ = nullptr;          // [B, G, rows, bound length]
+  double* sums_ = nullptr;              // [B, G, rows], of a row's magnitudes
   std::byte* rows_ = nullptr;           // [B, G, row], of queries as loaded
   A* turned_ = nullptr;                 // [B, G, row]
 };

@@ -18,10 +18,13 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include <gqa/config.hpp>
@@ -38,11 +41,12 @@ namespace gqa::detail {
 inline namespace GQA_ISA {
 
 /// The products of R rows q [R, q_stride] with up to 16 rows of bounds, `length` elements each: u [R, 16].
-template <int Rows, class A, class B>
-void multiply_bounds(const std::array<const B*, panel_tokens>& bounds, index_t count, const A* q, index_t q_stride,
+template <int Rows, class A, class S, class B>
+void multiply_bounds(const std::array<const B*, panel_tokens>& bounds, index_t count, const S* q, index_t q_stride,
                      index_t length, A* u) noexcept {
   constexpr index_t width = packet_size<A>;
-  alignas(64) A lanes[Rows][panel_tokens * width] = {};
+  alignas(64) A lanes[Rows][panel_tokens * width];
+  for (int r = 0; r < Rows; ++r) std::fill_n(lanes[r] + count * width, (panel_tokens - count) * width, A{0});
   for (index_t n = 0; n < count; ++n)
     dot_lanes<Rows>(bounds[static_cast<std::size_t>(n)], q, q_stride, length, lanes[0] + n * width,
                     panel_tokens * width);
@@ -79,8 +83,8 @@ class page_ranker {
   /// Gives out pieces of memory and returns its bytes; of nullptr, only the bytes.
   std::size_t carve(std::byte* memory, const shape& s) noexcept {
     carver take(memory);
-    take(mass_, s.rows * padded_pages(s)), take(top_, s.rows);
-    take(rank_, s.tiles), take(order_, s.tiles), take(sorted_, s.tiles);
+    take(mass_, s.rows * padded_pages(s)), take(top_, s.rows), take(total_, s.rows);
+    take(rank_, round_up(s.tiles, panel_tokens)), take(order_, s.tiles), take(sorted_, s.tiles);
     std::uint64_t* words = nullptr;
     take(words, tile_bits::words(s.tiles));
     read_ = tile_bits(words), shape_ = s;
@@ -91,37 +95,47 @@ class page_ranker {
   void begin() noexcept {
     unread_ = 0;
     read_.clear(shape_.tiles);
-    std::fill_n(top_, shape_.rows, -std::numeric_limits<A>::infinity());
+    std::fill_n(top_, shape_.rows, unseen);
   }
-  /// U of row r and the n-th bounds, to be filled in; of pages that it does not see -inf.
+  /// The bound of what is not seen: its mass is 0 beside any other.
+  static constexpr A unseen = std::numeric_limits<A>::lowest() / 4;
+  /// U of row r and the n-th bounds, to be filled in; of pages that it does not see `unseen`.
   [[nodiscard]] A& bound(index_t r, index_t n) noexcept { return mass_[r * padded_pages(shape_) + n]; }
 
-  /// Turns the bounds into masses, `keys_of(n)` the keys that the n-th are of. Pages with a bound that is no number
-  /// must be read: must_read(tile).
-  template <class KeysOf, class MustRead>
-  void weigh(const KeysOf& keys_of, const MustRead& must_read) noexcept {
+  /// Turns the bounds into masses: each is of so many keys, but the one numbered `last`, of `last_keys`. Pages with a
+  /// bound that is no number must be read: must_read(tile).
+  template <class MustRead>
+  void weigh(index_t keys, index_t last, index_t last_keys, const MustRead& must_read) noexcept {
     constexpr A infinity = std::numeric_limits<A>::infinity();
-    const index_t pages = shape_.tiles * shape_.bounds_of_tile;
+    constexpr index_t width = packet_size<A>;
+    const index_t pages = shape_.tiles * shape_.bounds_of_tile, padded = padded_pages(shape_);
     for (index_t r = 0; r < shape_.rows; ++r) {
       A* const u = &bound(r, 0);
-      for (index_t n = 0; n < pages; ++n) {
-        if (!(u[n] < infinity)) must_read(n / shape_.bounds_of_tile), u[n] = -infinity;
-        top_[r] = std::max(top_[r], u[n]);
+      std::fill(u + pages, u + padded, unseen);
+      packet<A> off = zeros<A>();  // NaN where a bound is no number, or infinite
+      for (index_t n = 0; n < padded; n += width) off = add(off, sub(load(u + n), load(u + n)));
+      for (index_t n = 0; n < pages && lane_sum<A>(off) != 0; ++n) {
+        if (!(std::abs(u[n]) < infinity)) must_read(n / shape_.bounds_of_tile), u[n] = unseen;
       }
-      std::fill(u + pages, u + padded_pages(shape_), -infinity);
-      const A top = top_[r] > -infinity ? top_[r] : A{0};
-      for (index_t n = 0; n < padded_pages(shape_); n += packet_size<A>)
-        store(u + n, exp2_packet<A>(sub(load(u + n), broadcast(top))));
-      for (index_t tile = 0; tile < shape_.tiles; ++tile) {
-        A mass = 0;
-        for (index_t n = tile * shape_.bounds_of_tile; n < (tile + 1) * shape_.bounds_of_tile; ++n)
-          mass += static_cast<A>(keys_of(n)) * u[n];
-        u[tile] = mass;
+      packet<A> most = broadcast(unseen);
+      for (index_t n = 0; n < padded; n += width) most = max_or_nan(load(u + n), most);
+      top_[r] = max_lane<A>(most);
+      const packet<A> top = broadcast(top_[r] > unseen ? top_[r] : A{0});
+      packet<A> sum = zeros<A>();
+      for (index_t n = 0; n < padded; n += width) {
+        const packet<A> mass = mul<A>(exp2_packet<A>(sub(load(u + n), top)), broadcast(static_cast<A>(keys)));
+        store(u + n, mass), sum = add(sum, mass);
       }
+      total_[r] = lane_sum<A>(sum);
+      u[last] *= static_cast<A>(last_keys) / static_cast<A>(keys);
+      for (index_t tile = 0; tile < shape_.tiles && shape_.bounds_of_tile > 1; ++tile)
+        u[tile] = std::accumulate(u + tile * shape_.bounds_of_tile, u + (tile + 1) * shape_.bounds_of_tile, A{0});
     }
-    for (index_t tile = 0; tile < shape_.tiles; ++tile) order_[tile] = static_cast<std::int32_t>(tile);
+    std::iota(order_, order_ + shape_.tiles, 0);
     unread_ = shape_.tiles;
   }
+  /// About what all of a row's pages may weigh.
+  [[nodiscard]] double total(index_t r) const noexcept { return static_cast<double>(total_[r]); }
 
   /// Base-2 logarithm of the unit of a row's masses.
   [[nodiscard]] A unit(index_t r) const noexcept { return top_[r]; }
@@ -136,41 +150,38 @@ class page_ranker {
     unread_ = end - order_;
   }
   /// What the unread pages may weigh for row r, in its unit.
-  [[nodiscard]] double rest(index_t r) const noexcept {
-    double sum = 0;
-    for (index_t n = 0; n < unread_; ++n) sum += static_cast<double>(mass_of(r, order_[n]));
-    return sum;
-  }
+  [[nodiscard]] double rest(index_t r) const noexcept { return sum_of(r, 0, unread_); }
 
   /// Orders the unread pages by the largest share that they may have of what a row can do without: limit(r), in its
   /// unit.
   template <class Limit>
   void sort(const Limit& limit) noexcept {
-    constexpr index_t bins = 512;  // eighths: masses within 2^64 of the largest
-    std::fill_n(rank_, shape_.tiles, -std::numeric_limits<A>::infinity());
+    constexpr index_t bins = 512, width = packet_size<A>;  // eighths: masses within 2^64 of the largest
+    const index_t padded = round_up(shape_.tiles, panel_tokens);
+    std::fill_n(rank_, padded, A{0});
     for (index_t r = 0; r < shape_.rows; ++r) {
       const double allowed = std::max(limit(r), std::numeric_limits<double>::min());
-      const auto factor = static_cast<A>(std::min(1 / allowed, static_cast<double>(std::numeric_limits<A>::max())));
-      for (index_t n = 0; n < unread_; ++n) {
-        const std::int32_t tile = order_[n];
-        rank_[tile] = std::max(rank_[tile], mass_of(r, tile) * factor);
-      }
+      const auto most = static_cast<double>(std::numeric_limits<A>::max());
+      const packet<A> factor = broadcast(static_cast<A>(std::min(1 / allowed, most)));
+      const A* const masses = mass_ + r * padded_pages(shape_);
+      for (index_t tile = 0; tile < padded; tile += width)
+        store(rank_ + tile, max_or_nan(mul<A>(load(masses + tile), factor), load(rank_ + tile)));
     }
-    A largest = 0;
-    for (index_t n = 0; n < unread_; ++n) largest = std::max(largest, rank_[order_[n]]);
-    std::array<index_t, bins + 1> starts{};
-    const auto bin_of = [&](std::int32_t tile) {
-      const A share = rank_[tile] / largest;  // NaN where all are 0
-      if (!(share > 0)) return bins - 1;
-      int exponent = 0;
-      const A fraction = std::frexp(share, &exponent);  // in [1/2, 1)
-      const index_t eighths = -8 * index_t{exponent} + static_cast<index_t>((A{1} - fraction) * 16);
-      return std::clamp<index_t>(eighths + 8, 0, bins - 1);
+    // Of numbers of one sign, their bits are in their order: the exponent, and three bits of the fraction.
+    using bits = std::conditional_t<sizeof(A) == sizeof(float), std::int32_t, std::int64_t>;
+    const auto eighths_of = [&](std::int32_t tile) {
+      return static_cast<index_t>(std::bit_cast<bits>(rank_[tile]) >> (std::numeric_limits<A>::digits - 4));
     };
-    for (index_t n = 0; n < unread_; ++n) ++starts[static_cast<std::size_t>(bin_of(order_[n]) + 1)];
+    index_t largest = 0;
+    for (index_t n = 0; n < unread_; ++n) largest = std::max(largest, eighths_of(order_[n]));
+    const auto bin_of = [&](std::int32_t tile) {
+      return static_cast<std::size_t>(std::min(largest - eighths_of(tile), bins - 1));
+    };
+    std::array<index_t, bins + 1> starts{};
+    for (index_t n = 0; n < unread_; ++n) ++starts[bin_of(order_[n]) + 1];
     for (std::size_t bin = 1; bin <= bins; ++bin) starts[bin] += starts[bin - 1];
-    for (index_t n = 0; n < unread_; ++n) sorted_[starts[static_cast<std::size_t>(bin_of(order_[n]))]++] = order_[n];
-    std::copy_n(sorted_, unread_, order_);
+    for (index_t n = 0; n < unread_; ++n) sorted_[starts[bin_of(order_[n])]++] = order_[n];
+    std::swap(order_, sorted_);
   }
 
   /// How many of the unread pages, in their order, must be read so that no row is left with more than limit(r).
@@ -181,6 +192,12 @@ class page_ranker {
       const double allowed = limit(r);
       double sum = 0;
       index_t n = unread_;
+      while (n > needed) {  // many at a time, and then one by one
+        const index_t some = std::min<index_t>(n - needed, 64);
+        const double with_some = sum + sum_of(r, n - some, n);
+        if (!(with_some <= allowed)) break;
+        sum = with_some, n -= some;
+      }
       for (; n > needed; --n) {
         sum += static_cast<double>(mass_of(r, order_[n - 1]));
         if (!(sum <= allowed)) break;
@@ -203,9 +220,18 @@ class page_ranker {
   }
   [[nodiscard]] A mass_of(index_t r, index_t tile) const noexcept { return mass_[r * padded_pages(shape_) + tile]; }
 
+  /// Of the unread pages [begin, end): four sums, for one would wait for itself.
+  [[nodiscard]] double sum_of(index_t r, index_t begin, index_t end) const noexcept {
+    std::array<double, 4> sums{};
+    for (index_t n = begin; n < end; ++n)
+      sums[static_cast<std::size_t>(n % 4)] += static_cast<double>(mass_of(r, order_[n]));
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
   shape shape_{};
   A* mass_ = nullptr;              // [rows, padded pages]: bounds, then masses of tiles
   A* top_ = nullptr;               // [rows]
+  A* total_ = nullptr;             // [rows]
   A* rank_ = nullptr;              // [tiles]
   std::int32_t* order_ = nullptr;  // [tiles]: those that are not read
   std::int32_t* sorted_ = nullptr;

@@ -194,13 +194,7 @@ class tile_engine {
   /// What a variant says of some key tiles as a block.
   [[nodiscard]] visibility find_block_visible(const row_tile& t, key_range tiles) const {
     if constexpr (hides_blocks<Variant>) {
-      const index_t head = problem_.first_head(t.g), head_end = head + problem_.group_size(t.g);
-      const auto says_of = [&](index_t b) {
-        const index_t keys = length(b), offset = problem_.query_offset(b, keys), first_key = tiles.begin * tile_tokens;
-        const query_range queries = queries_of(t, b);
-        return variant_.visible(key_block{b, head, head_end, offset + queries.first, offset + queries.last + 1,
-                                          first_key, std::min(tiles.end * tile_tokens, keys)});
-      };
+      const auto says_of = [&](index_t b) { return find_block_visible(block_of(t, b), length(b), tiles); };
       const visibility first = says_of(t.b());
       const bool agree =
           std::all_of(t.members.begin() + 1, t.members.end(), [&](index_t b) { return says_of(b) == first; });
@@ -209,7 +203,17 @@ class tile_engine {
       return hides_keys<Variant> ? visibility::some : visibility::all;
     }
   }
-
+  /// The same of the rows of one sequence, `rows`, which has so many keys.
+  [[nodiscard]] visibility find_block_visible(key_block rows, index_t keys, key_range tiles) const {
+    rows.key_begin = tiles.begin * tile_tokens, rows.key_end = std::min(tiles.end * tile_tokens, keys);
+    return variant_.visible(rows);
+  }
+  /// A tile's rows of sequence b, and no keys.
+  [[nodiscard]] key_block block_of(const row_tile& t, index_t b) const noexcept {
+    const index_t head = problem_.first_head(t.g), offset = problem_.query_offset(b, length(b));
+    const query_range queries = queries_of(t, b);
+    return {b, head, head + problem_.group_size(t.g), offset + queries.first, offset + queries.last + 1, 0, 0};
+  }
   /// How the rows of a sequence are cut where a variant sees the same from all of a block of positions.
   [[nodiscard]] row_cut cut_in_blocks(index_t b, index_t largest_group) const noexcept {
     return {problem_.q_len(b), problem_.query_offset(b, length(b)), variant_.query_block(), largest_group};
@@ -548,9 +552,13 @@ class tile_engine {
   [[nodiscard]] index_t stream_seen(const row_tile& t, key_range tiles, workspace& w,
                                     const raw_states<A>& states) const {
     visibility seen = visibility::none;
+    const bool single = t.members.size() == 1;
+    const key_block rows =
+        block_of(t, t.b());  // once: its divisions cost a hundredth of a decode step's time over a tile
+    const index_t keys = length(t.b());
     const auto find_seen = [&](index_t i) {
       for (; i < tiles.end; ++i) {
-        seen = find_block_visible(t, {i, i + 1});
+        seen = single ? find_block_visible(rows, keys, {i, i + 1}) : find_block_visible(t, {i, i + 1});
         if (seen != visibility::none) break;
       }
       return i;
@@ -560,7 +568,7 @@ class tile_engine {
     for (kv_tile<P> now = tile(t.b(), t.g, i, nullptr), next;; now = next) {
       const index_t following = find_seen(i + 1);
       next = following < tiles.end ? tile(t.b(), t.g, following, nullptr) : now;
-      now.next = next.k[0];
+      if (following > i + 1) now.next = next.k[0];
       stream_tile(t, now, next, w, states);
       i = following;
       if (i == tiles.end || seen == visibility::some) return i;
