@@ -12,16 +12,20 @@
 
 namespace llama {
 
-// Mean loss, in nats a token, of foretelling each token of a text from those before it, all in one prefill.
-inline double mean_loss(model& m, std::span<const int> tokens) {
+// Mean loss, in nats a token, of foretelling each token of a text from those before it, so many of them at a time: all
+// in one prefill, if there are as many.
+inline double mean_loss(model& m, std::span<const int> tokens, int at_once) {
   if (tokens.size() < 2) return 0;
   const auto fed = tokens.first(tokens.size() - 1);
-  const Eigen::MatrixXd logits = m.forward(fed, static_cast<int>(fed.size())).cast<double>();
   double loss = 0;
-  for (Eigen::Index i = 0; i < logits.rows(); ++i) {
-    const auto row = logits.row(i).array();
-    const double top = row.maxCoeff();
-    loss += top + std::log((row - top).exp().sum()) - row[tokens[static_cast<std::size_t>(i) + 1]];
+  for (std::size_t first = 0; first < fed.size(); first += static_cast<std::size_t>(at_once)) {
+    const auto some = fed.subspan(first, std::min(static_cast<std::size_t>(at_once), fed.size() - first));
+    const Eigen::MatrixXd logits = m.forward(some, static_cast<int>(some.size())).cast<double>();
+    for (Eigen::Index i = 0; i < logits.rows(); ++i) {
+      const auto row = logits.row(i).array();
+      const double top = row.maxCoeff();
+      loss += top + std::log((row - top).exp().sum()) - row[tokens[first + static_cast<std::size_t>(i) + 1]];
+    }
   }
   return loss / static_cast<double>(fed.size());
 }

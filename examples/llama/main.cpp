@@ -47,14 +47,17 @@ The text alone, prompt included, goes to stdout as it is produced; speed goes to
                       stands; repeated if it has fewer, and beyond the positions of the model's training, too
   --capture FILE      queries, keys and values of all layers and tokens, after their rotation, to a .npy file, from
                       which gqa_tuner finds options for grouped attention
-  --attention KIND    exact (default), local (the newest --window keys), or grouped: near keys exactly, the others by
-                      groups of queries, in prefill
+  --attention KIND    exact (default), local (the newest --window keys), grouped: near keys exactly, the others by
+                      groups of queries, in prefill; or pages: a new token reads the pages of 64 keys that matter
   --kv-type TYPE      what keys and values are stored in: f32 (default), f16, bf16 or q8
   --window N          near keys (default 256)
   --block N           grouped: queries grouped at a time (default 256)
   --groups N          grouped: of a block's queries of a KV head (default: one for 32)
   --top-keys N        grouped: keys that every query of a group meets by itself (default 64)
   --tolerance X       grouped: as many groups as it takes for weights to be off by no more in all, instead of --groups
+  --epsilon X         pages: the largest share of its mass that a head may leave unread (default 0.01)
+  --exact-layers N    pages: the first so many layers read all (default 0)
+  --bound-tokens N    pages: 16 (default) or 64 keys that bounds are kept of together
   --always 0|1        grouped: also where the exact kernel would be faster (default 0)
   --help              this text
 
@@ -74,7 +77,8 @@ llama::attention_kind attention_kind(std::string_view text) {
   if (text == "exact") return llama::attention_kind::exact;
   if (text == "grouped") return llama::attention_kind::grouped;
   if (text == "local") return llama::attention_kind::local;
-  throw std::invalid_argument("--attention: not exact, grouped or local: '" + std::string(text) + "'");
+  if (text == "pages") return llama::attention_kind::pages;
+  throw std::invalid_argument("--attention: not exact, grouped, local or pages: '" + std::string(text) + "'");
 }
 
 llama::kv_type kv_type(std::string_view text) {
@@ -122,6 +126,12 @@ std::optional<options> parse(int argc, char** argv) {
       o.attention.grouped.groupwise.top_keys = number(name, value, gqa::index_t{0}, most);
     } else if (name == "--tolerance") {
       o.attention.grouped.tolerance = number(name, value, 0.0, 2.0);
+    } else if (name == "--epsilon") {
+      o.attention.pages.epsilon = number(name, value, 0.0, 0.999);
+    } else if (name == "--exact-layers") {
+      o.attention.exact_layers = number(name, value, 0, 1 << 20);
+    } else if (name == "--bound-tokens") {
+      o.attention.bound_tokens = number(name, value, gqa::index_t{16}, gqa::index_t{64});
     } else if (name == "--always") {
       o.attention.grouped.always_group = number(name, value, 0, 1) == 1;
     } else {
@@ -160,6 +170,12 @@ std::vector<int> tokens_of_file(const std::string& path, const llama::tokenizer&
   return tokens;
 }
 
+void tell_pages(const llama::pages_read& of) {
+  if (of.pages > 0)
+    std::fprintf(stderr, "pages: %.1f %% read, no head lost more than %.3g of its mass\n",
+                 100 * static_cast<double>(of.read) / static_cast<double>(of.pages), of.dropped);
+}
+
 void run(const options& o) {
   const llama::checkpoint weights(o.model);
   const llama::tokenizer pieces(o.tokenizer, weights.sizes().vocab_size);
@@ -181,9 +197,11 @@ void run(const options& o) {
   };
   if (!o.loss.empty()) {
     const std::vector<int> tokens = tokens_of_file(o.loss, pieces, static_cast<std::size_t>(steps));
-    const double loss = llama::mean_loss(model, tokens);
+    const bool by_token = o.attention.kind == llama::attention_kind::pages;  // as it decodes
+    const double loss = llama::mean_loss(model, tokens, by_token ? 1 : steps);
     if (!o.capture.empty()) captured.write(o.capture);
     std::printf("%d tokens, loss %.6f, attention %.4f s\n", steps, loss, model.attention_seconds());
+    tell_pages(model.pages_read());
     return;
   }
   const int positions = llama::generate(model, sample, pieces.encode(o.prompt), steps, [&](int previous, int token) {
@@ -195,6 +213,7 @@ void run(const options& o) {
   if (!o.capture.empty()) captured.write(o.capture);
   std::fprintf(stderr, "\n%d positions, %.0f tokens/s, attention %.1f %% of the time\n", positions, positions / seconds,
                100 * model.attention_seconds() / seconds);
+  tell_pages(model.pages_read());
 }
 
 }  // namespace

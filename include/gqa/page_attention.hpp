@@ -54,8 +54,10 @@ concept keeps_key_bounds = requires(const S& kv) {
   kv.bounds(index_t{}, index_t{}, index_t{});
 };
 
-/// Pages that the first round reads beside those that are always read, and each later one at least.
-inline constexpr index_t pages_of_a_round = 16;
+/// Pages of `all` that the first round reads beside those that are always read, and each later one at least.
+[[nodiscard]] constexpr index_t pages_of_a_round(index_t all) noexcept {
+  return std::clamp<index_t>(all / 8, 1, 16);
+}
 
 template <class L, class Queries, class Source>
 class page_reader {
@@ -369,7 +371,7 @@ class page_reader {
     take_keys({t.gone.begin * tile_tokens, t.gone.end * tile_tokens});
     t.ranker.drop_taken();
     t.ranker.sort([&](index_t r) { return t.ranker.total(r); });
-    t.ranker.take_first(std::min(pages_of_a_round, budget_of(t)),
+    t.ranker.take_first(std::min(pages_of_a_round(t.tiles.size()), budget_of(t)),
                         [&](index_t tile) { t.round.add(t.tiles.begin + tile); });
   }
 
@@ -392,7 +394,8 @@ class page_reader {
     if (!std::exchange(t.sorted, true)) t.ranker.sort(limit);
     const index_t needed = t.ranker.count_needed(limit), unread = t.ranker.unread();
     // What is needed shrinks as more is read, so only a half of it is, unless hardly anything could be spared.
-    const index_t next = 4 * needed >= 3 * unread ? needed : std::max(needed / 2, std::min(needed, pages_of_a_round));
+    const index_t least = std::min(needed, pages_of_a_round(t.tiles.size()));
+    const index_t next = 4 * needed >= 3 * unread ? needed : std::max(needed / 2, least);
     const index_t count = std::min(next, budget_of(t));
     if (count == 0) return;
     wants = 1;
