@@ -264,6 +264,13 @@ TEST(PageAttention, ReadsFewPagesWhereANeedleStandsOutAndAllWhereNothingDoes) {
   for (const page_row& row : found.report.rows) EXPECT_LE(row.read, 2 + 16);
   EXPECT_LT(found.report.bytes_read, 0.2 * found.report.bytes_exact);
   EXPECT_EQ(found.report.rounds, 1);
+  ASSERT_EQ(found.report.read.size(), 2u);
+  for (const auto& pages : found.report.read) {
+    EXPECT_EQ(static_cast<index_t>(pages.size()), found.report.rows[0].read);
+    EXPECT_TRUE(std::is_sorted(pages.begin(), pages.end()));
+    for (const index_t page : {0, 4321 / 64, 7999 / 64})
+      EXPECT_TRUE(std::binary_search(pages.begin(), pages.end(), page)) << page;
+  }
 
   const auto flat = with_needle(8000, 4321, 0);
   const auto all = run_pages(flat, cache_of<float>(flat, 64), {.epsilon = 0.01}, ctx);

@@ -19,6 +19,7 @@
 #include <gqa/groupwise_attention.hpp>    // groupwise_attention(): representatives attend, members share
 #include <gqa/groupwise_options.hpp>      // groupwise_form: clustered, improved, improved by log-sum-exps
 #include <gqa/huge_pages.hpp>             // huge_pages: memory for caches in pages of 2 MiB
+#include <gqa/key_selection.hpp>          // top_keys(), recall(), mass(): the oracle of selectors
 #include <gqa/kv_cache.hpp>               // kv_cache: keys and values of fixed capacity in the kernels' own order
 #include <gqa/kv_source.hpp>              // kv_view(), the concept kv_source
 #include <gqa/local_masks.hpp>            // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window

@@ -17,13 +17,17 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -415,6 +419,11 @@ class page_reader {
       report.bytes_exact += static_cast<double>(pages) * tile_bytes;
       if (options_.epsilon > 0 || options_.page_budget)
         report.bytes_of_bounds += static_cast<double>(pages * bounds_of_tile() * bound_length()) * sizeof(B);
+      std::vector<index_t> tiles;
+      for (index_t i = t.tiles.begin; i < t.tiles.end; ++i) {
+        if (!is_gone(t, i) && (read == pages || t.ranker.is_read(i - t.tiles.begin))) tiles.push_back(i);
+      }
+      report.read.push_back(std::move(tiles));
       for (index_t r = 0; r < rows_of(t.g); ++r) {
         const double rest = read == pages ? 0 : t.ranker.rest(r) * (1 + 0x1p-20);
         const double dropped = rest == 0 ? 0 : rest / (rest + mass_read(t, r));

@@ -32,8 +32,9 @@ struct page_row {
 };
 
 struct page_report {
-  std::vector<page_row> rows;  ///< [B, S, H]
-  index_t rounds = 0;          ///< calls of the exact kernel, each on the next best pages
+  std::vector<page_row> rows;              ///< [B, S, H]
+  std::vector<std::vector<index_t>> read;  ///< [B, G]: pages that were read of a KV head, ascending, by key / 64
+  index_t rounds = 0;                      ///< calls of the exact kernel, each on the next best pages
   /// Of keys and values, of their bounds, and of the keys and values that exact attention would read.
   double bytes_read = 0, bytes_of_bounds = 0, bytes_exact = 0;
 };
