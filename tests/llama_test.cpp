@@ -175,6 +175,21 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
   EXPECT_EQ(run_llama(of_model("--steps 200 --attention grouped")).out, expected);
 }
 
+// Pages: epsilon 0 reads all; a large one reads less and loses little; other types, too.
+TEST(Llama, LosesWithPagesWhatTheirEpsilonLetsIt) {
+  GQA_NEED_TEST_DATA();
+  const double exact = loss_of("--steps 300");
+  const std::string pages = "--steps 300 --attention pages --epsilon ";
+  EXPECT_NEAR(loss_of(pages + "0"), exact, 1e-5);
+  const double some = loss_of(pages + "0.9");
+  EXPECT_NE(some, exact);
+  EXPECT_NEAR(some, exact, 0.05);
+  EXPECT_NEAR(loss_of(pages + "0.9 --exact-layers 100"), exact, 1e-5);
+  EXPECT_NEAR(loss_of(pages + "0.01 --bound-tokens 64"), exact, 1e-3);
+  EXPECT_NEAR(loss_of(pages + "0.01 --kv-type q8"), exact, 0.02);
+  EXPECT_NE(run_llama(of_model("--attention pages --bound-tokens 32")).exit_code, 0);
+}
+
 // Keys and values in 16 and 8 bits: nearly the same loss, and not by ignoring the option.
 TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   GQA_NEED_TEST_DATA();
