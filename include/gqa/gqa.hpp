@@ -22,8 +22,10 @@
 #include <gqa/key_selection.hpp>          // top_keys(), recall(), mass(): the oracle of selectors
 #include <gqa/kv_cache.hpp>               // kv_cache: keys and values of fixed capacity in the kernels' own order
 #include <gqa/kv_source.hpp>              // kv_view(), the concept kv_source
+#include <gqa/latent_kv_cache.hpp>        // latent_kv_cache: latent vectors, whose first channels are values, kept once
 #include <gqa/local_masks.hpp>            // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
-#include <gqa/openmp.hpp>                 // openmp_executor
+#include <gqa/low_rank_attention.hpp>  // latent_attention(): multi-head latent attention (MLA), absorbed or materialised
+#include <gqa/openmp.hpp>              // openmp_executor
 #include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
 #include <gqa/page_attention.hpp>    // page_attention(): decode that reads the pages which matter, with a certificate
 #include <gqa/page_options.hpp>      // page_options, page_report

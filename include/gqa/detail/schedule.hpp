@@ -125,7 +125,7 @@ class scheduler {
                                shape.kv_heads,
                                ctx_.concurrency(),
                                tile_tokens * (shape.head_dim + shape.value_dim),
-                               slot_elements() * index_t{sizeof(P)},
+                               makes_tiles_in_cache ? 0 : slot_elements() * index_t{sizeof(P)},
                                state_elements() * index_t{sizeof(A)},
                                heads_lie_together(kv_) && most_rows <= bundle_rows};
     const auto asks_of = [&](index_t n) -> family_request {
@@ -156,6 +156,9 @@ class scheduler {
     return detail::find_plan(request, asks_of, visits_of, ctx_);
   }
 
+  /// Whether a source's tiles are made anew from memory already in their order, which costs less than packed ones would
+  /// to write and read again.
+  static constexpr bool makes_tiles_in_cache = requires { requires Source::makes_tiles_in_cache; };
   /// Elements from one packed tile to the next; 0 if the source needs no room for them.
   [[nodiscard]] index_t slot_elements() const noexcept { return round_up(kv_.scratch_elements(), 64); }
   [[nodiscard]] index_t state_elements() const noexcept {

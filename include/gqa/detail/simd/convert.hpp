@@ -165,6 +165,19 @@ inline void store_lanes(P* to, const packet<A> (&parts)[lane_elements<P>]) noexc
   }
 }
 
+/// The parts of a row of lanes: what store_lanes() stored.
+template <class P, class A>
+inline void load_lanes(const P* from, packet<A> (&parts)[lane_elements<P>]) noexcept {
+  if constexpr (lane_elements<P> == 1) {
+    parts[0] = load_as<A>(from);
+  } else {
+    packet_words pairs;
+    std::memcpy(&pairs, from, sizeof(pairs));
+    parts[0] = std::bit_cast<packet<A>>(pairs << 16);
+    parts[1] = std::bit_cast<packet<A>>(pairs & 0xffff0000u);
+  }
+}
+
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
 
