@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -22,6 +23,8 @@ TEST(KeySelection, TopKeysAreThoseOfTheLargestSums) {
   EXPECT_EQ(top_keys(both, 0), std::vector<index_t>{});
   EXPECT_EQ(top_keys(both, 9), (std::vector<index_t>{0, 1, 2, 3}));
   EXPECT_EQ(code_of([&] { static_cast<void>(top_keys(both, -1)); }), errc::shape);
+  const std::vector<float> broken{0.5F, std::numeric_limits<float>::quiet_NaN(), 0.1F, 0.4F};
+  EXPECT_EQ(top_keys(tensor_view<const float, 2>(broken.data(), {1, 4}), 3), (std::vector<index_t>{0, 2, 3}));
   EXPECT_EQ(top_keys(tensor_view<const float, 2>(nullptr, {0, 0}), 3), std::vector<index_t>{});
 }
 

@@ -35,9 +35,8 @@ struct strided_blocks {
     return p.key / 64 % 2 == 0;
   }
   visibility visible(const key_block& b) const {
-    const bool first = b.key_begin / 64 % 2 == 0, last = (b.key_end - 1) / 64 % 2 == 0;
-    if (first != last) return visibility::some;
-    return first ? visibility::all : visibility::none;
+    if (b.key_begin / 64 != (b.key_end - 1) / 64) return visibility::some;
+    return b.key_begin / 64 % 2 == 0 ? visibility::all : visibility::none;
   }
 };
 // Known by block only.

@@ -7,13 +7,13 @@
 ///
 /// A mask is a list of key tiles (64 keys at multiples of 64) for each query block, in compressed rows (CSR); a tile
 /// may have bits that hide some of its pairs. Blocks lie at multiples of their length, by absolute positions. The row
-/// tiles of a call end where blocks do, so a block reads and computes its listed tiles and nothing else: at density d
-/// prefill takes d of the time of exact attention, and some hundred nanoseconds a list. A tile is what a kernel step
-/// works on; blocks of other sizes are mapped to whole and partial tiles (from_blocks()).
+/// tiles of a call end where blocks do, so a block computes its listed tiles and nothing else, and of a cache reads
+/// nothing else: at density d prefill takes d of the time of exact attention, and some hundred nanoseconds a list. A
+/// tile is what a kernel step works on; blocks of other sizes are mapped to whole and partial tiles (from_blocks()).
 ///
 /// It is for prefill of long prompts with patterns that are known beforehand, by measurement of a model's heads
 /// (MInference, Jiang et al. 2024) or by training (BigBird, Zaheer et al. 2020; sparse transformers, Child et al.
-/// 2019). It promises nothing about what is left out: see page_selection.hpp for what does.
+/// 2019). It promises nothing about what is left out: see page_attention.hpp for what does.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,9 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/head_by_head.hpp>
-#include <gqa/detail/random.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/turned.hpp>
+#include <gqa/detail/visibility.hpp>
 #include <gqa/error.hpp>
 #include <gqa/options.hpp>
 #include <gqa/tensor_view.hpp>
@@ -168,7 +169,7 @@ class block_sparse_mask {
   [[nodiscard]] visibility visible(const key_block& b) const noexcept;
   [[nodiscard]] std::uint64_t visible_bits(const position& p) const noexcept {
     const index_t block = block_of(p.query), tile = p.key / detail::tile_tokens;
-    if (block < 0 || block >= blocks()) return 0;
+    if (block < 0 || block >= blocks() || !has_list(p.batch, list_of(p.q_head))) return 0;
     const auto row = tiles(p.batch, list_of(p.q_head), block);
     const auto at = std::lower_bound(row.begin(), row.end(), tile);
     if (at == row.end() || *at != tile) return 0;
@@ -184,8 +185,9 @@ class block_sparse_mask {
     return q_heads.size() == 0 || list_of(q_heads.begin) == list_of(q_heads.end - 1);
   }
 
-  /// Why a mask does not fit a call with queries at some positions of a sequence.
-  [[nodiscard]] detail::fault find_fault(index_t batch, index_t q_heads, key_range queries) const noexcept {
+  /// Why a mask does not fit a call with queries at some positions of a sequence of so many keys.
+  [[nodiscard]] detail::fault find_fault(index_t batch, index_t q_heads, key_range queries,
+                                         index_t keys) const noexcept {
     using detail::printable;
     if (shape_.batch != 1 && shape_.batch != batch)
       return detail::make_fault(errc::shape, "mask: expected lists of 1 or %lld sequences, got %lld", printable(batch),
@@ -193,6 +195,9 @@ class block_sparse_mask {
     if (shape_.lists != 1 && shape_.lists * shape_.heads_per_list != q_heads)
       return detail::make_fault(errc::shape, "mask: expected lists of %lld query heads, got %lld of %lld",
                                 printable(q_heads), printable(shape_.lists), printable(shape_.heads_per_list));
+    if (keys > shape_.kv_len)
+      return detail::make_fault(errc::range, "mask: expected lists for %lld keys, got %lld", printable(keys),
+                                printable(shape_.kv_len));
     const key_range own{shape_.offset(), shape_.offset() + shape_.q_len};
     if (queries.size() > 0 && (queries.begin < own.begin || queries.end > own.end))
       return detail::make_fault(errc::range, "mask: expected lists of queries [%lld, %lld), got [%lld, %lld)",
@@ -226,6 +231,10 @@ class block_sparse_mask {
   [[nodiscard]] index_t block_of(index_t position) const noexcept { return block_at(position) - first_block(); }
   [[nodiscard]] index_t list_of(index_t q_head) const noexcept {
     return shape_.lists == 1 ? 0 : q_head / shape_.heads_per_list;
+  }
+  /// Of what no lists are for, nothing is seen.
+  [[nodiscard]] bool has_list(index_t batch, index_t list) const noexcept {
+    return (shape_.batch == 1 || batch < shape_.batch) && list < shape_.lists;
   }
   [[nodiscard]] index_t row_of(index_t batch, index_t list, index_t block) const noexcept {
     return ((shape_.batch == 1 ? 0 : batch) * shape_.lists + list) * blocks() + block;
@@ -270,7 +279,7 @@ inline visibility block_sparse_mask::visible(const key_block& b) const noexcept 
   const index_t first_tile = b.key_begin / detail::tile_tokens,
                 last_tile = detail::ceil_div(b.key_end, detail::tile_tokens) - 1;
   const index_t first = block_of(b.query_begin), last = block_of(b.query_end - 1);
-  if (last < 0 || first >= blocks()) return visibility::none;
+  if (last < 0 || first >= blocks() || !has_list(b.batch, list_of(b.q_head_end - 1))) return visibility::none;
   bool any = false, all = first >= 0 && last < blocks();
   for (index_t list = list_of(b.q_head_begin); list <= list_of(b.q_head_end - 1); ++list) {
     for (index_t block = std::max<index_t>(first, 0); block <= std::min(last, blocks() - 1); ++block) {

@@ -41,6 +41,10 @@ inline namespace GQA_ISA {
   const key_range keys = keys_of_tile(tile);
   return keys.begin < queries.end + right && queries.begin - left < keys.end;
 }
+/// What an argument that cannot be leaves, where errors are no exceptions: a mask of no queries, which calls refuse.
+[[nodiscard]] inline block_sparse_mask no_mask() {
+  return block_sparse_mask::from_tiles({}, [](index_t, key_range, index_t) { return false; });
+}
 /// Arguments of a pattern: 0 or more, and small enough to be added to positions.
 [[nodiscard]] inline bool are_distances(const char* pattern, std::initializer_list<index_t> values) {
   for (const index_t value : values) {
@@ -71,8 +75,8 @@ inline namespace GQA_ISA {
       for (const index_t at : some) fits = fits && detail::are_distances("vertical_slash", {at});
     }
   }
+  if (!fits) return detail::no_mask();
   return block_sparse_mask::from_tiles(shape, [&](index_t list, key_range queries, index_t tile) {
-    if (!fits) return false;
     const vertical_slash_lines& own = lines[static_cast<std::size_t>(list)];
     return std::any_of(own.verticals.begin(), own.verticals.end(),
                        [&](index_t key) { return key / detail::tile_tokens == tile; }) ||
@@ -84,9 +88,9 @@ inline namespace GQA_ISA {
 /// The first keys and the nearest ones: keys below `sinks`, and [query - left, query]. (LM-Infinite, Han et al. 2024;
 /// "A-shape" in MInference. Key by key: sinks_and_window.)
 [[nodiscard]] inline block_sparse_mask a_shape(const block_sparse_shape& shape, index_t sinks, index_t left) {
-  const bool fits = detail::are_distances("a_shape", {sinks, left});
+  if (!detail::are_distances("a_shape", {sinks, left})) return detail::no_mask();
   return block_sparse_mask::from_tiles(shape, [&](index_t, key_range queries, index_t tile) {
-    return fits && (tile * detail::tile_tokens < sinks || detail::is_near(queries, left, 0, tile));
+    return tile * detail::tile_tokens < sinks || detail::is_near(queries, left, 0, tile);
   });
 }
 
@@ -94,13 +98,12 @@ inline namespace GQA_ISA {
 /// strided pattern of sparse transformers, Child et al. 2019, in tiles.)
 /// \throws error  errc::option for a stride below 1
 [[nodiscard]] inline block_sparse_mask strided(const block_sparse_shape& shape, index_t left, index_t stride) {
-  bool fits = detail::are_distances("strided", {left, stride});
-  if (fits && stride == 0) {
+  if (!detail::are_distances("strided", {left, stride})) return detail::no_mask();
+  if (stride == 0) {
     detail::raise(detail::make_fault(errc::option, "strided: expected a stride >= 1, got 0"));
-    fits = false;
+    return detail::no_mask();
   }
   return block_sparse_mask::from_tiles(shape, [&](index_t, key_range queries, index_t tile) {
-    if (!fits) return false;
     const index_t back = detail::floor_div(queries.begin, detail::tile_tokens) - tile;
     return back % stride == 0 || detail::is_near(queries, left, 0, tile);
   });
@@ -117,13 +120,13 @@ struct big_bird_options {
 /// A window, global tokens, and random tiles. (Zaheer et al. 2020, in tiles.) The random tiles of a block are those of
 /// the least hashes of (seed, list, block, tile) among those that the block may see and does not see otherwise.
 [[nodiscard]] inline block_sparse_mask big_bird(const block_sparse_shape& shape, const big_bird_options& options) {
-  const bool fits = detail::are_distances("big_bird", {options.window, options.global, options.random_tiles});
+  if (!detail::are_distances("big_bird", {options.window, options.global, options.random_tiles}))
+    return detail::no_mask();
   const auto is_structural = [&](key_range queries, index_t tile) {
     return queries.begin < options.global || tile * detail::tile_tokens < options.global ||
            detail::is_near(queries, options.window, options.window, tile);
   };
   return block_sparse_mask::from_lists(shape, [&](index_t list, key_range queries, std::vector<index_t>& tiles) {
-    if (!fits) return tiles.clear();
     const auto others =
         std::partition(tiles.begin(), tiles.end(), [&](index_t tile) { return is_structural(queries, tile); });
     const std::uint64_t of_list = detail::random_bits(options.seed, static_cast<std::uint64_t>(list));

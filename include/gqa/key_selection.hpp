@@ -8,7 +8,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -21,7 +23,8 @@
 namespace gqa {
 inline namespace GQA_ISA {
 
-/// The k keys of the largest weights summed over the rows, in double, ascending; of equal ones the lowest.
+/// The k keys of the largest weights summed over the rows, in double, ascending; of equal ones the lowest, NaN
+/// last.
 /// \param weights  [rows, T]: of one row of queries, or of those of a group
 /// \param k        at least 0; all T keys if it is more
 /// \throws error   errc::shape for a negative k
@@ -35,6 +38,9 @@ template <class W>
   for (index_t r = 0; r < weights.extent(0); ++r) {
     for (index_t t = 0; t < weights.extent(1); ++t)
       sums[static_cast<std::size_t>(t)] += static_cast<double>(weights(r, t));
+  }
+  for (double& sum : sums) {
+    if (std::isnan(sum)) sum = -std::numeric_limits<double>::infinity();  // no order has a place for it
   }
   std::vector<index_t> keys(sums.size());
   std::iota(keys.begin(), keys.end(), index_t{0});

@@ -92,7 +92,6 @@ class page_reader {
   struct head_task {
     index_t b, g;
     key_range tiles;  // that some query sees
-    key_range gone;   // of those, what is no longer there
     page_ranker<A> ranker;
     tile_bits round;  // what the next round reads, of all tiles
     bool sorted = false;
@@ -117,19 +116,19 @@ class page_reader {
     std::byte* const memory = workers[0].detail_scratch(bytes);
     if (memory == nullptr) return;
     carve(memory);
+    const error_watch watch;
     if (options_.epsilon == 0 && !options_.page_budget) {
       attend(q_, kv_, out, options_.attention, nothing_, ctx_);
-      if (report != nullptr) fill(*report, 1);
+      if (report != nullptr && !watch.failed()) fill(*report, 1);
       return;
     }
     for_each_task([&](head_task& t) { choose_first(t); });
     attention_options of_round = options_.attention;
     index_t rounds = 0;
     for (bool any = true; any; ++rounds) {
-      const error_watch watch;
       attend(q_, kv_, rounds == 0 ? total_ : round_, of_round, round_tiles(*this), ctx_);
+      if (rounds > 0 && !watch.failed()) merge(total_, partial_state<const A>(round_), ctx_);
       if (watch.failed()) return;
-      if (rounds > 0) merge(total_, partial_state<const A>(round_), ctx_);
       of_round.sinks = {};  // they count once
       for_each_task([&](head_task& t) { choose_next(t); });
       any = std::any_of(wants_more_, wants_more_ + tasks(), [](std::uint8_t wants) { return wants != 0; });
@@ -176,7 +175,7 @@ class page_reader {
     std::size_t used = take.used();
     rankers = memory == nullptr ? nullptr : memory + used;
     for (index_t n = 0; n < tasks(); ++n) {
-      head_task measured{n / shape.kv_heads, n % shape.kv_heads, {}, {}, {}, {}};
+      head_task measured{n / shape.kv_heads, n % shape.kv_heads, {}, {}, {}};
       find_tiles(measured);
       const std::size_t own =
           measured.ranker.carve(rankers, {rows_of(measured.g), measured.tiles.size(), bounds_of_tile()});
@@ -202,8 +201,7 @@ class page_reader {
     const interval_rule interval = problem_.interval();
     const index_t begin = interval.keys_of(offset, keys).begin,
                   end = interval.keys_of(offset + problem_.shape.q_len - 1, keys).end;
-    if (begin < end) t.tiles = {begin / tile_tokens, ceil_div(end, tile_tokens)};
-    if constexpr (requires { kv_.gone_tiles(t.b); }) t.gone = kv_.gone_tiles(t.b);
+    if (begin < end && rows_of(t.g) > 0) t.tiles = {begin / tile_tokens, ceil_div(end, tile_tokens)};
   }
   /// The first of its rows, where those of a task lie together.
   [[nodiscard]] index_t first_row_of(const head_task& t) const noexcept {
@@ -266,8 +264,8 @@ class page_reader {
       alignas(64) std::array<A, panel_tokens> largest{};
       for (index_t n = 0; n < count; ++n) {
         const index_t number = first_page + first + n;
-        if (is_gone(t, number / bounds_of_tile()) || number * tokens >= keys) {
-          bounds[static_cast<std::size_t>(n)] = reinterpret_cast<const B*>(split_queries_);  // anything: nobody sees it
+        if (number * tokens >= keys) {  // nobody sees it, and anything is multiplied
+          bounds[static_cast<std::size_t>(n)] = reinterpret_cast<const B*>(split_queries_ + first_row * bound_length());
           continue;
         }
         const auto page = kv_.bounds(t.b, t.g, number);
@@ -283,8 +281,8 @@ class page_reader {
           const A* const products = u + r * panel_tokens;
           A* const scores = &t.ranker.bound(row + r, first);
           const double rounding = rounding_of(sums_[first_row + row + r]);
-          const bool all_seen = seen.begin < (first_page + first + 1) * tokens &&
-                                (first_page + first + count - 1) * tokens < seen.end && t.gone.size() == 0;
+          const bool all_seen =
+              seen.begin < (first_page + first + 1) * tokens && (first_page + first + count - 1) * tokens < seen.end;
           if (all_seen && rules_.is_plain()) {
             bound_plain_scores(products, largest.data(), rounding, scores);
             continue;
@@ -292,7 +290,7 @@ class page_reader {
           for (index_t n = 0; n < count; ++n) {
             const index_t page = first_page + first + n;
             const key_range own{page * tokens, std::min((page + 1) * tokens, keys)};
-            const bool hidden = own.end <= seen.begin || seen.end <= own.begin || is_gone(t, page / bounds_of_tile());
+            const bool hidden = own.end <= seen.begin || seen.end <= own.begin;
             scores[n] = hidden ? page_ranker<A>::unseen
                                : bound_score(products[n], largest[static_cast<std::size_t>(n)], rounding,
                                              problem_.first_head(t.g) + (row + r) % group, position, own);
@@ -338,29 +336,18 @@ class page_reader {
     }
   }
 
-  [[nodiscard]] static bool is_gone(const head_task& t, index_t tile) noexcept {
-    return t.gone.begin <= tile && tile < t.gone.end;
-  }
   /// Pages that a task may still read.
   [[nodiscard]] index_t budget_of(const head_task& t) const noexcept {
     if (!options_.page_budget) return t.ranker.unread();
-    return std::clamp<index_t>(*options_.page_budget - pages_read(t), 0, t.ranker.unread());
+    return std::clamp<index_t>(*options_.page_budget - t.ranker.read(), 0, t.ranker.unread());
   }
-  [[nodiscard]] static index_t gone_of(const head_task& t) noexcept {
-    return key_range{std::max(t.tiles.begin, t.gone.begin), std::min(t.tiles.end, t.gone.end)}.size();
-  }
-  [[nodiscard]] static index_t pages_read(const head_task& t) noexcept { return t.ranker.read() - gone_of(t); }
-
   void choose_first(head_task& t) noexcept {
     if (t.tiles.size() == 0) return;
     const index_t keys = problem_.length(kv_, t.b), offset = problem_.query_offset(t.b, keys);
     split_queries(t);
     t.ranker.begin();
     find_bounds(t);
-    const auto take = [&](index_t tile) {
-      t.ranker.take(tile);
-      if (!is_gone(t, t.tiles.begin + tile)) t.round.add(t.tiles.begin + tile);
-    };
+    const auto take = [&](index_t tile) { t.ranker.take(tile), t.round.add(t.tiles.begin + tile); };
     const auto take_keys = [&](key_range some) {
       if (some.size() == 0) return;
       const index_t begin = std::max(floor_div(some.begin, tile_tokens), t.tiles.begin);
@@ -372,7 +359,6 @@ class page_reader {
     t.ranker.weigh(tokens, last - first_page, std::min(keys - last * tokens, tokens), take);
     take_keys({0, options_.sink_tokens});
     if (options_.window > 0) take_keys({offset - options_.window + 1, offset + problem_.shape.q_len});
-    take_keys({t.gone.begin * tile_tokens, t.gone.end * tile_tokens});
     t.ranker.drop_taken();
     t.ranker.sort([&](index_t r) { return t.ranker.total(r); });
     t.ranker.take_first(std::min(pages_of_a_round(t.tiles.size()), budget_of(t)),
@@ -394,7 +380,7 @@ class page_reader {
     if (t.tiles.size() == 0) return;
     t.round.clear(t.tiles.end);
     const double share = options_.epsilon / (1 - options_.epsilon);
-    const auto limit = [&](index_t r) { return share * mass_read(t, r) * (1 - 0x1p-20); };
+    const auto limit = [&](index_t r) { return share * mass_read(t, r) * (1 - 0x1p-16); };
     if (!std::exchange(t.sorted, true)) t.ranker.sort(limit);
     const index_t needed = t.ranker.count_needed(limit), unread = t.ranker.unread();
     // What is needed shrinks as more is read, so only a half of it is, unless hardly anything could be spared.
@@ -414,18 +400,18 @@ class page_reader {
     const auto tile_bytes = static_cast<double>(tile_elements<P>(shape.head_dim, shape.value_dim)) * sizeof(P);
     for (index_t n = 0; n < tasks(); ++n) {
       const head_task& t = tasks_[n];
-      const index_t pages = t.tiles.size() - gone_of(t), read = pages - (pages == 0 ? 0 : t.ranker.unread());
+      const index_t pages = t.tiles.size(), read = pages - (pages == 0 ? 0 : t.ranker.unread());
       report.bytes_read += static_cast<double>(read) * tile_bytes;
       report.bytes_exact += static_cast<double>(pages) * tile_bytes;
       if (options_.epsilon > 0 || options_.page_budget)
         report.bytes_of_bounds += static_cast<double>(pages * bounds_of_tile() * bound_length()) * sizeof(B);
       std::vector<index_t> tiles;
       for (index_t i = t.tiles.begin; i < t.tiles.end; ++i) {
-        if (!is_gone(t, i) && (read == pages || t.ranker.is_read(i - t.tiles.begin))) tiles.push_back(i);
+        if (read == pages || t.ranker.is_read(i - t.tiles.begin)) tiles.push_back(i);
       }
       report.read.push_back(std::move(tiles));
       for (index_t r = 0; r < rows_of(t.g); ++r) {
-        const double rest = read == pages ? 0 : t.ranker.rest(r) * (1 + 0x1p-20);
+        const double rest = read == pages ? 0 : t.ranker.rest(r) * (1 + 0x1p-16);
         const double dropped = rest == 0 ? 0 : rest / (rest + mass_read(t, r));
         report.rows[static_cast<std::size_t>(place_of(t, r).at)] = {dropped, read, pages};
       }
@@ -490,11 +476,13 @@ inline namespace GQA_ISA {
 
 /// Attention of q over the pages that matter of a cache that keeps bounds of its keys.
 /// \param q       [B, S, H, D], or turned(): few queries, as in decode, for all rows of a KV head choose together
-/// \param kv      kv_cache, ring_kv_cache or paged_layer of a cache after keep_key_bounds()
+/// \param kv      kv_cache, ring_kv_cache or paged_layer of a cache after keep_key_bounds(). (Of a ring all keys that a
+///                query may see must be there: a window, once some are gone.)
 /// \param out     [B, S, H, E], or a partial_state, whose lse is of what was read
 /// \param report  what became of each row, where it is wanted
 /// \throws error  as attention() does, and errc::option for a bias, for options out of range, or without bounds
-/// Cost: bounds of all keys, 1/64 (or 1/16) of their bytes and values', and the pages that were read.
+/// Cost: bounds of all keys, 1/64 (or 1/16) of the bytes of those and their values, twice that of 8 bits; and the pages
+/// that were read.
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 requires detail::keeps_key_bounds<KV>
 void page_attention(Q&& q, const KV& kv, Out&& out, const page_options& options, context& ctx,

@@ -13,12 +13,13 @@ namespace gqa {
 
 struct page_options {
   attention_options attention = {};  ///< all but a bias; of a mask hidden keys count as seen ones in the certificate
-  /// The largest share of its softmax mass that a row may lose, certified; below 1. 0: everything is read, and the
-  /// result is attention()'s, to the bit.
+  /// The largest share of its softmax mass that a row may lose, certified; below 1. 0, without a page_budget:
+  /// everything is read, and the result is attention()'s, to the bit.
   double epsilon = 0.01;
   index_t sink_tokens = 64;  ///< the first so many keys are always read,
   index_t window = 64;       ///< and the newest that a query sees
-  /// Most pages of a KV head that are read, those first. What it costs a row is in the report.
+  /// Most pages of a KV head that are read, but for those always read, which count and come first, however many they
+  /// are. What it costs a row is in the report.
   std::optional<index_t> page_budget = {};
 };
 
@@ -26,7 +27,7 @@ struct page_options {
 struct page_row {
   double dropped = 0;  ///< no more of its mass than this is in pages that were not read: the certificate
   index_t read = 0;    ///< pages of 64 keys that were read for it and its group,
-  index_t pages = 0;   ///< of those that it sees
+  index_t pages = 0;   ///< of those that some of these rows see
 
   [[nodiscard]] friend bool operator==(const page_row&, const page_row&) = default;
 };

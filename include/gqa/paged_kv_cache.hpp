@@ -143,7 +143,8 @@ class paged_kv_cache {
   void erase(sequence_id id);
 
   /// Keeps, from now on, the largest and smallest element of each channel of the keys of every 16 or 64 tokens, those
-  /// that there are included: what page_selection.hpp decides by. 1/16 or 1/64 of the bytes of the cache besides.
+  /// that there are included: what page_attention.hpp decides by. 1/16 or 1/64 of the bytes of the cache besides, of
+  /// one of 8 bits 1/8 or 1/32.
   /// After truncate() bounds may be wider than what is left, until the next token is written.
   /// \param page_tokens  64 only if page_size is a multiple of it
   /// \param memory  as at construction
@@ -456,7 +457,7 @@ template <class T>
 void paged_kv_cache<T>::update_bounds(index_t layer, const paged_sequence& s, index_t g, index_t begin,
                                       index_t end) noexcept {
   const index_t tokens = pool_.bounds().page_tokens();
-  if (tokens == 0) return;
+  if (tokens == 0 || begin == end) return;
   for (index_t first = begin / tokens * tokens; first < end; first += tokens) {
     const key_range written{std::max<index_t>(begin - first, 0), std::min(end - first, tokens)};
     pool_.bounds().update(bounds_at(s, layer, g, first), written, std::min(s.length - first, tokens), [&](index_t n) {

@@ -5,7 +5,7 @@
 /// A variant is a small struct with one or more of
 ///     float score(float s, const position& p) const;         // replaces the score (double over double inputs)
 ///     bool visible(const position& p) const;                 // false hides the key
-///     visibility visible(const key_block& block) const;      // of a whole block, so that tiles are skipped
+///     visibility visible(const key_block& block) const;      // of a block of any size, so that tiles are skipped
 ///     std::uint64_t visible_bits(const position& p) const;   // of 64 keys from p.key, a multiple of 64, a bit each
 ///     key_range keys(key_range queries) const;               // no query of these positions sees any key outside
 ///     index_t query_block() const;                           // positions of a block of so many mostly see the same

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <span>
+#include <type_traits>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -13,6 +14,7 @@
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/options.hpp>
 #include <gqa/variants.hpp>
 
@@ -67,8 +69,8 @@ void attend_by_lists(const Queries& q, const Source& kv, const Out& out, const M
   const auto p = problem_of<accumulator_t<typename Source::panel_element>>(q, kv, out, options);
   const call_shape& shape = p.shape;
   for (index_t b = 0; b < shape.batch; ++b) {
-    const index_t first = p.query_offset(b, p.length(kv, b));
-    if (const auto f = mask.find_fault(shape.batch, shape.q_heads, {first, first + shape.q_len})) return raise(f);
+    const index_t keys = p.length(kv, b), first = p.query_offset(b, keys);
+    if (const auto f = mask.find_fault(shape.batch, shape.q_heads, {first, first + shape.q_len}, keys)) return raise(f);
   }
   bool shares_lists = true;
   for (index_t g = 0; g < shape.kv_heads; ++g)

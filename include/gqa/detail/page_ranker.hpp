@@ -7,10 +7,11 @@
 ///
 ///     w_rp = sum over the page's bounds of n 2^(U - m_r),    U >= every score with one of the n keys, base 2
 ///
-/// (m_r: the largest U of the row). With R_r the mass read so far, in the same unit, the unread rest is certified to be
-/// at most W / (W + R), W the sum of its w. Pages are ordered by the largest w_rp / R_r of any row, so that rows of a
-/// group choose together and each page is read once for all of them. Order is by eighths of a power of two, and by
-/// position among equals: a counting sort, for sorting would cost as much as bounds.
+/// (m_r: the largest U of the row; no less than 2^-120 n, for what is too small for a number is not nothing beside
+/// scores that all stay far below their bounds). With R_r the mass read so far, in the same unit, the unread rest is
+/// certified to be at most W / (W + R), W the sum of its w. Pages are ordered by the largest w_rp / R_r of any row, so
+/// that rows of a group choose together and each page is read once for all of them. Order is by eighths of a power of
+/// two, and by position among equals: a counting sort, for sorting would cost as much as bounds.
 ///
 /// Cost of R rows over P pages: 2 R P D multiply-adds for bounds of 64 keys (4 times as many for 16) and P bounds read,
 /// once; R P additions a round.
@@ -30,7 +31,6 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/exp2.hpp>
-#include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
@@ -120,10 +120,10 @@ class page_ranker {
       packet<A> most = broadcast(unseen);
       for (index_t n = 0; n < padded; n += width) most = max_or_nan(load(u + n), most);
       top_[r] = max_lane<A>(most);
-      const packet<A> top = broadcast(top_[r] > unseen ? top_[r] : A{0});
       packet<A> sum = zeros<A>();
       for (index_t n = 0; n < padded; n += width) {
-        const packet<A> mass = mul<A>(exp2_packet<A>(sub(load(u + n), top)), broadcast(static_cast<A>(keys)));
+        for (index_t i = n; i < n + width; ++i) u[i] = u[i] > unseen ? std::max(u[i] - top_[r], A{-120}) : unseen;
+        const packet<A> mass = mul<A>(exp2_packet<A>(load(u + n)), broadcast(static_cast<A>(keys)));
         store(u + n, mass), sum = add(sum, mass);
       }
       total_[r] = lane_sum<A>(sum);

@@ -121,13 +121,17 @@ class scheduler {
     index_t most_rows = 0;
     for (index_t n = 0; n < families_.count(); ++n) most_rows = std::max(most_rows, rows_of(n));
     tile_rows_ = std::min(most_rows, row_tile_rows);
+    // A bundle's row tiles have all rows of their KV heads.
+    bool single_tiles = true;
+    for (index_t n = 0; n < families_.count() && has_query_blocks<Variant>; ++n)
+      single_tiles = single_tiles && cut_of(families_[n]).tiles() <= 1;
     const plan_request request{families_.count(),
                                shape.kv_heads,
                                ctx_.concurrency(),
                                tile_tokens * (shape.head_dim + shape.value_dim),
                                makes_tiles_in_cache ? 0 : slot_elements() * index_t{sizeof(P)},
                                state_elements() * index_t{sizeof(A)},
-                               heads_lie_together(kv_) && most_rows <= bundle_rows};
+                               heads_lie_together(kv_) && most_rows <= bundle_rows && single_tiles};
     const auto asks_of = [&](index_t n) -> family_request {
       const family f = families_[n];
       return {engine_.tiles_of(f.members), cut_of(f).tiles(), std::min(rows_of(n), row_tile_rows)};

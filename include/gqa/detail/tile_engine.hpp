@@ -283,8 +283,9 @@ class tile_engine {
     if (i >= end) return i;
     w.all_seen = true;
     if constexpr (hides_blocks<Variant>) {
-      return stream_seen(t, {i, end}, w, states);
-    } else if constexpr (scattered) {  // of others nobody asks where the next tile is: it would cost 3 %
+      if (!sees_intervals(t)) return stream_seen(t, {i, end}, w, states);
+    }
+    if constexpr (scattered) {  // of others nobody asks where the next tile is: it would cost 3 %
       for (kv_tile<P> now = tile(t.b(), t.g, i, nullptr), next; i < end; ++i, now = next) {
         next = i + 1 < tiles.end ? tile(t.b(), t.g, i + 1, nullptr) : now;
         stream_tile(t, now, next, w, states);
