@@ -166,32 +166,27 @@ void add_pages(const std::string& type, index_t keys, index_t bound_tokens, doub
 }
 
 // Decode of one token over latent vectors of 512 + 64 (DeepSeek-V2), absorbed. of_limit: the time that reading each
-// byte once takes, or the multiply-adds, whichever is longer, over ours; x_views: time over plain rows, packed as they
-// are read.
+// byte once takes, or the multiply-adds, whichever is longer, over ours.
 template <class T>
 void run_latent(benchmark::State& state, index_t tokens, index_t heads) {
   constexpr index_t dim = 576, rank = 512;
   const auto q = random_tensor<T>({1, 1, heads, dim}, layout::bshd, 1);
   const auto rows = random_tensor<T>({1, tokens, 1, dim}, layout::bshd, 2);
-  const tensor_view<const T, 4> keys = rows.view();
-  const tensor_view<const T, 4> values(keys.data(), {1, tokens, 1, rank}, {0, dim, 0, 1});
   latent_kv_cache<T> kv(1, tokens, dim, rank, std::pmr::get_default_resource());
-  kv.append(keys);
+  kv.append(rows.view());
   tensor<float> out({1, 1, heads, rank}, layout::bshd);
   const double bytes = static_cast<double>(tokens * dim) * sizeof(T),
                operations = 2 * static_cast<double>(tokens * heads * (dim + rank));
   context ctx;
-  samples ours, of_limit, ratios;
+  samples ours, of_limit;
   for (auto _ : state) {
     const double peak = product_rate<T, T>(ctx), read = memory().rate(ctx);
     const double seconds = seconds_of([&] { attention(q.view(), kv, out.view(), {.causal = true}, ctx); });
     state.SetIterationTime(seconds);
     ours.add(seconds), of_limit.add(std::max(bytes / read, operations / peak) / seconds);
-    ratios.add(seconds_of([&] { attention(q.view(), keys, values, out.view(), {.causal = true}, ctx); }) / seconds);
   }
   state.counters["seconds"] = ours.median();
   state.counters["of_limit"] = of_limit.median();
-  state.counters["x_views"] = ratios.median();
 }
 template <class T>
 void add_latent(const std::string& type, index_t tokens, index_t heads, int rounds = 15) {
