@@ -345,18 +345,20 @@ TEST(BlockSparse, ReadsTheListedTilesAndNoOthers) {
       index_t visits = 0;
       counting_cache cache(n, visits);
       cache.append(in.k.view(), in.v.view());
-      for (const index_t lists : {1, 2}) {
+      for (const index_t lists : {index_t{1}, index_t{2}, 2 * heads}) {
         const auto mask = random_mask(shape_of(n, query_block, lists, false), 0.2, 5);
         context ctx;
         visits = 0;
         run_sparse(in, cache, mask, ctx);
-        // Every row tile of a block reads the block's tiles; the first and the last block are cut short.
+        // Every row tile of a block reads the block's tiles; the first and the last block are cut short. Heads with
+        // lists of their own have rows of their own.
+        const index_t groups = std::max<index_t>(lists, 2);
         index_t expected = 0;
-        for (index_t g = 0; g < 2; ++g) {
+        for (index_t g = 0; g < groups; ++g) {
           for (index_t block = 0; block < mask.blocks(); ++block) {
             const index_t begin = std::max((2000 / query_block + block) * query_block, index_t{2000});
             const index_t end = std::min((2000 / query_block + block + 1) * query_block, index_t{2500});
-            expected += ((end - begin) * heads + 95) / 96 *
+            expected += ((end - begin) * 2 * heads / groups + 95) / 96 *
                         static_cast<index_t>(mask.tiles(0, lists == 1 ? 0 : g, block).size());
           }
         }

@@ -62,10 +62,10 @@ TEST(LatentKvCache, HasTheBitsOfKeysAndAPrefixOfThem) {
 
 TEST(LatentKvCache, KeepsOutNaNThatIsHidden) {
   operands<float, float> in({{1, 8, 100, 4, 1, 24, 16}, with_causal, layout::bshd});
-  in.options.query_offset = 50;  // the last 42 tokens are hidden from all
+  in.options.query_offset = 50;  // tokens from 58 on are hidden from all
   latent_kv_cache<float> clean(1, 100, 24, 16), poisoned(1, 100, 24, 16);
   clean.append(in.k.view());
-  in.k.view()(0, 70, 0, 3) = std::numeric_limits<float>::quiet_NaN();
+  in.k.view()(0, 60, 0, 3) = std::numeric_limits<float>::quiet_NaN();  // of a tile that is seen in part
   in.k.view()(0, 58, 0, 20) = std::numeric_limits<float>::infinity();
   poisoned.append(in.k.view());
   context ctx;

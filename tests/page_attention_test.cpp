@@ -96,6 +96,7 @@ void expect_certified(const paged_result& r, const oracle_result& exact, const o
     }
     const double dropped = -std::expm1(static_cast<double>(r.lse[row]) - exact.lse[row]);
     ASSERT_LE(dropped, said.dropped + off) << in.of.name() << ", row " << row;
+    ASSERT_GE(dropped, -off) << in.of.name() << ", row " << row;
     ASSERT_LE(said.dropped, epsilon);
     ASSERT_GE(said.dropped, 0);
     ASSERT_TRUE(said.read <= said.pages && (said.read < said.pages || said.dropped == 0));
@@ -132,6 +133,7 @@ index_t expect_all_certified(unsigned options, bool rounds = false) {
       attention_case c{{2, seed % 2 == 0 ? 1 : 3, 4000, 6, 2, 16, 16}, options, layout::bshd, seed, 5};
       auto in = with_topics(c, seed % 3 == 0 ? 100 : 64, 0.3);
       in.options.float_products = !rounds;
+      for (float& sink : in.sinks) sink += 15;  // that count beside such scores
       const auto cache = cache_of<T>(in, bound_tokens);
       context ctx;
       auto exact = exact_over(in, cache);
@@ -409,7 +411,7 @@ TEST(PageAttention, ChoosesAlikeFromAnyCache) {
     const sequence_id fork = paged.fork(parent);
     apart.append(1, slice(in.k.view(), 1, 0, 700), slice(in.v.view(), 1, 0, 700));
     append(fork, 700, 800);
-    for (const index_t length : {690, 660, 650}) {  // pages of both keep the bounds that the fork needs,
+    for (const index_t length : {690, 630, 600}) {  // pages of both keep the bounds that the fork needs,
       paged.truncate(parent, length), apart.truncate(0, length);
       append(parent, 0, 0);  // also when nothing is written
     }

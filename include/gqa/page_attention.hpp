@@ -302,8 +302,8 @@ class page_reader {
   /// What a product with bounds, and the kernel's with a key, may round off in all, beside the largest element of the
   /// keys: chains of D and 2 D fused multiply-adds and a tree are off by at most n u sum |q| |k|, u the unit roundoff.
   [[nodiscard]] double rounding_of(double sum_of_query) const noexcept {
-    const auto terms = static_cast<double>(problem_.shape.head_dim + bound_length() / 4 + 16);
-    return terms * unit * sum_of_query;
+    const index_t terms = problem_.shape.head_dim + bound_length() / 4 + 16;
+    return static_cast<double>(terms) * unit * sum_of_query;
   }
   static constexpr double unit = std::numeric_limits<A>::epsilon();  // twice the unit roundoff
   /// Scaling, capping, adding and storing: some roundings, and the kernel's tanh within 8 of them.
@@ -371,7 +371,8 @@ class page_reader {
     const auto lse = static_cast<double>(total_.lse(t.b, p.s, p.h));
     if (lse == -std::numeric_limits<double>::infinity()) return 0;
     const double weights = sums_in_lanes<L> ? 0x1p-8 : 0;
-    const double off = weights + unit * (256 + 8 * std::abs(lse) + static_cast<double>(kv_.kv_len() / split_tokens));
+    const index_t sums = 256 + kv_.kv_len() / split_tokens;
+    const double off = weights + unit * (static_cast<double>(sums) + 8 * std::abs(lse));
     return std::exp2(lse * std::numbers::log2e - static_cast<double>(t.ranker.unit(r))) * std::max(1 - off, 0.0);
   }
   void choose_next(head_task& t) noexcept {
