@@ -120,10 +120,13 @@ class page_ranker {
       packet<A> most = broadcast(unseen);
       for (index_t n = 0; n < padded; n += width) most = max_or_nan(load(u + n), most);
       top_[r] = max_lane<A>(most);
+      const packet<A> top = broadcast(top_[r]);
       packet<A> sum = zeros<A>();
       for (index_t n = 0; n < padded; n += width) {
-        for (index_t i = n; i < n + width; ++i) u[i] = u[i] > unseen ? std::max(u[i] - top_[r], A{-120}) : unseen;
-        const packet<A> mass = mul<A>(exp2_packet<A>(load(u + n)), broadcast(static_cast<A>(keys)));
+        const packet<A> bounds = load(u + n), most_keys = broadcast(static_cast<A>(keys));
+        const packet<A> power = exp2_packet<A>(max_or_nan(sub(bounds, top), broadcast(A{-120})));
+        const packet<A> mass =
+            select_bits<A>(equal_bits<A>(bounds, broadcast(unseen)), zeros<A>(), mul<A>(power, most_keys));
         store(u + n, mass), sum = add(sum, mass);
       }
       total_[r] = lane_sum<A>(sum);
