@@ -55,10 +55,9 @@ struct block_sparse_shape {
 
 /// Lists in compressed rows: rows are [batch][lists][blocks of the queries].
 struct block_sparse_rows {
-  std::span<const index_t> offsets;     ///< [rows + 1], from 0 on, not falling
-  std::span<const std::int32_t> tiles;  ///< [offsets.back()], ascending in a row; key / 64
-  std::span<const std::int32_t> masks =
-      {};  ///< [offsets.back()], which mask a tile has, -1: it is whole; empty: all are
+  std::span<const index_t> offsets;          ///< [rows + 1], from 0 on, not falling
+  std::span<const std::int32_t> tiles;       ///< [offsets.back()], ascending in a row; key / 64
+  std::span<const std::int32_t> masks = {};  ///< [offsets.back()], of tiles; -1: it is whole; empty: all are
   std::span<const std::uint64_t> bits = {};  ///< [masks][query_block], of a query's 64 keys, a bit each
 };
 
@@ -364,8 +363,7 @@ inline detail::fault block_sparse_mask::find_rows_fault(const block_sparse_rows&
 /// Attention of q over the key tiles that a mask lists, and within them what the options leave: exact over those, the
 /// bits of attention() under the same mask as a tensor.
 /// \param q     [B, S, H, D], or turned(); \param out [B, S, H, E] or a partial_state: as attention() has them
-/// \param mask  of 1 or B sequences, all the call's query positions, and 1 or H heads' lists. Heads of a group that
-/// have
+/// \param mask  of 1 or B sequences, all the call's query positions, and 1 or H heads' lists. Heads of a group with
 ///              lists of their own are read and computed one by one, each with its own tiles; with lists of KV heads,
 ///              or one for all, a group's heads share what is read.
 /// \throws error  as attention(), and errc::shape or errc::range where the mask does not fit the call

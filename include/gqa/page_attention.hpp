@@ -76,7 +76,9 @@ class page_reader {
    public:
     explicit round_tiles(const page_reader& of) noexcept : of_(of) {}
     [[nodiscard]] visibility visible(const key_block& b) const noexcept {
-      const tile_bits tiles = of_.task(b.batch, of_.kv_head_of(b.q_head_begin)).round;
+      const call_shape& shape = of_.problem_.shape;
+      const index_t g = kv_head_of(b.q_head_begin, shape.q_heads, shape.kv_heads, of_.options_.attention.group_offsets);
+      const tile_bits tiles = of_.task(b.batch, g).round;
       const index_t first = b.key_begin / tile_tokens, end = ceil_div(b.key_end, tile_tokens);
       if (end == first + 1) return tiles.has(first) ? visibility::all : visibility::none;
       index_t seen = 0;
@@ -143,11 +145,6 @@ class page_reader {
  private:
   [[nodiscard]] index_t tasks() const noexcept { return problem_.shape.batch * problem_.shape.kv_heads; }
   [[nodiscard]] head_task& task(index_t b, index_t g) const noexcept { return tasks_[b * problem_.shape.kv_heads + g]; }
-  [[nodiscard]] index_t kv_head_of(index_t q_head) const noexcept {
-    const auto& offsets = options_.attention.group_offsets;
-    if (offsets.empty()) return q_head / (problem_.shape.q_heads / problem_.shape.kv_heads);
-    return std::upper_bound(offsets.begin(), offsets.end(), q_head) - offsets.begin() - 1;
-  }
   template <class F>
   void for_each_task(const F& f) {
     ctx_.for_each(tasks(), [&](index_t n, index_t) { f(tasks_[n]); });
@@ -165,15 +162,13 @@ class page_reader {
     carver take(memory);
     A *out = nullptr, *round_out = nullptr, *lse = nullptr, *round_lse = nullptr;
     std::uint64_t* bits = nullptr;
-    std::byte* rankers = nullptr;
     take(out, rows * shape.value_dim), take(lse, rows);
     take(round_out, rows * shape.value_dim), take(round_lse, rows);
     take(tasks_, tasks()), take(wants_more_, tasks()), take(bits, tasks() * words);
     take(split_queries_, rows * bound_length()), take(sums_, rows);
-    take(rows_, tasks() * row_elements() * index_t{sizeof(queries_of_left<L>)}),
-        take(turned_, tasks() * row_elements());
+    take(rows_, tasks() * row_elements()), take(turned_, tasks() * row_elements());
     std::size_t used = take.used();
-    rankers = memory == nullptr ? nullptr : memory + used;
+    std::byte* rankers = memory == nullptr ? nullptr : memory + used;
     for (index_t n = 0; n < tasks(); ++n) {
       head_task measured{n / shape.kv_heads, n % shape.kv_heads, {}, {}, {}};
       find_tiles(measured);
@@ -219,8 +214,7 @@ class page_reader {
   /// Queries as the kernel holds them, split in positive and negative parts, in a row each.
   void split_queries(const head_task& t) noexcept {
     const index_t dim = problem_.shape.head_dim, task_at = &t - tasks_;
-    auto* const row =
-        reinterpret_cast<queries_of_left<L>*>(rows_ + task_at * row_elements() * index_t{sizeof(queries_of_left<L>)});
+    queries_of_left<L>* const row = rows_ + task_at * row_elements();
     const bool negative = rules_.score_factor() < 0;
     for (index_t r = 0; r < rows_of(t.g); ++r) {
       const row_place p = place_of(t, r);
@@ -377,6 +371,7 @@ class page_reader {
   }
   void choose_next(head_task& t) noexcept {
     std::uint8_t& wants = wants_more_[&t - tasks_];
+    if (t.sorted && wants == 0) return;  // nothing has changed since
     wants = 0;
     if (t.tiles.size() == 0) return;
     t.round.clear(t.tiles.end);
@@ -432,7 +427,7 @@ class page_reader {
   std::uint8_t* wants_more_ = nullptr;  // [B, G]
   S* split_queries_ = nullptr;          // [B, G, rows, bound length]
   double* sums_ = nullptr;              // [B, G, rows], of a row's magnitudes
-  std::byte* rows_ = nullptr;           // [B, G, row], of queries as loaded
+  queries_of_left<L>* rows_ = nullptr;  // [B, G, row], as loaded
   A* turned_ = nullptr;                 // [B, G, row]
 };
 

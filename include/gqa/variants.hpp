@@ -8,8 +8,7 @@
 ///     visibility visible(const key_block& block) const;      // of a block of any size, so that tiles are skipped
 ///     std::uint64_t visible_bits(const position& p) const;   // of 64 keys from p.key, a multiple of 64, a bit each
 ///     key_range keys(key_range queries) const;               // no query of these positions sees any key outside
-///     index_t query_block() const;                           // positions of a block of so many mostly see the same
-///     keys
+///     index_t query_block() const;                           // queries of a block of so many mostly see the same
 /// score() and visible(position) are asked only about keys that the options leave visible; visible(block) about whole
 /// rectangles of queries and keys, of which the options may hide a part; visible_bits(), in the place of
 /// visible(position) where there are both, about 64 keys of which the options may hide some and of which the last may

@@ -4,7 +4,6 @@
 /// reads and computes what it sees, and not what its neighbours see.
 #pragma once
 
-#include <algorithm>
 #include <span>
 #include <type_traits>
 
@@ -42,17 +41,12 @@ class query_head_kv {
   [[nodiscard]] fault find_fault() const noexcept { return kv_.find_fault(); }
   [[nodiscard]] kv_tile<panel_element> tile(index_t b, index_t h, index_t i, index_t tokens,
                                             panel_element* scratch) const noexcept {
-    return kv_.tile(b, kv_head_of(h), i, tokens, scratch);
+    return kv_.tile(b, kv_head_of(h, q_heads_, kv_.kv_heads(), group_offsets_), i, tokens, scratch);
   }
   [[nodiscard]] key_range gone_tiles(index_t b) const noexcept requires requires(const Source& kv) { kv.gone_tiles(b); }
   { return kv_.gone_tiles(b); }
 
  private:
-  [[nodiscard]] index_t kv_head_of(index_t h) const noexcept {
-    if (group_offsets_.empty()) return h / (q_heads_ / kv_.kv_heads());
-    return std::upper_bound(group_offsets_.begin(), group_offsets_.end(), h) - group_offsets_.begin() - 1;
-  }
-
   const Source& kv_;
   index_t q_heads_;
   std::span<const index_t> group_offsets_;

@@ -108,38 +108,6 @@ void pack_key_panel(const T* rows, index_t stride, panel_range tokens, index_t d
   }
 }
 
-/// Values that are the first `value_dim` channels of keys: from a panel of keys [dim/p][16][p] to one of values. Reads
-/// and writes L1: a sixth of the time of 96 rows on a tile, all of that of few.
-template <class P>
-void values_of_keys(const P* keys, index_t value_dim, P* values) noexcept {
-  using A = accumulator_t<P>;
-  constexpr index_t width = packet_size<A>, p = lane_elements<P>;
-  const index_t square_dim = width % p == 0 ? value_dim / width * width : 0;
-  for (index_t e = 0; e < square_dim; e += width) {
-    for (index_t t = 0; t < panel_tokens; t += width) {
-      packet<A> square[width];
-      GQA_UNROLL
-      for (index_t i = 0; i + p <= width; i += p) {
-        packet<A> parts[p];
-        load_lanes<P, A>(keys + key_index<P>(t, e + i), parts);
-        for (index_t j = 0; j < p; ++j) square[i + j] = parts[j];
-      }
-      transpose<A>(square);
-      GQA_UNROLL
-      for (index_t i = 0; i + p <= width; i += p) {
-        packet<A> parts[p];
-        for (index_t j = 0; j < p; ++j) parts[j] = square[i + j];
-        store_lanes<P, A>(values + value_index<P>(t + i, e, value_dim), parts);
-      }
-    }
-  }
-  const index_t padded = padded_value_dim(value_dim);
-  for (index_t e = square_dim; e < padded; ++e) {
-    for (index_t t = 0; t < panel_tokens; ++t)
-      values[value_index<P>(t, e, value_dim)] = e < value_dim ? keys[key_index<P>(t, e)] : P(0);
-  }
-}
-
 /// Values: the same into a panel [dim/64][16/p][64][p]. Returns whether a value, as stored, is NaN or infinite.
 template <class P, class T>
 [[nodiscard]] bool pack_value_panel(const T* rows, index_t stride, panel_range tokens, index_t dim, P* panel) noexcept {
@@ -183,6 +151,38 @@ template <class P, class T>
   store(lanes, add(add(probes[0], probes[1]), add(probes[2], probes[3])));
   for (const A lane : lanes) tail_probe += lane;
   return tail_probe != A{0};  // NaN compares unequal
+}
+
+/// Values that are the first `value_dim` channels of keys: from a panel of keys [dim/p][16][p] to one of values. Reads
+/// and writes L1; the products of 96 rows on a tile take some thirty times as long, those of 16 two to four times.
+template <class P>
+void values_of_keys(const P* keys, index_t value_dim, P* values) noexcept {
+  using A = accumulator_t<P>;
+  constexpr index_t width = packet_size<A>, p = lane_elements<P>;
+  const index_t square_dim = width % p == 0 ? value_dim / width * width : 0;
+  for (index_t e = 0; e < square_dim; e += width) {
+    for (index_t t = 0; t < panel_tokens; t += width) {
+      packet<A> square[width];
+      GQA_UNROLL
+      for (index_t i = 0; i + p <= width; i += p) {
+        packet<A> parts[p];
+        load_lanes<P, A>(keys + key_index<P>(t, e + i), parts);
+        for (index_t j = 0; j < p; ++j) square[i + j] = parts[j];
+      }
+      transpose<A>(square);
+      GQA_UNROLL
+      for (index_t i = 0; i + p <= width; i += p) {
+        packet<A> parts[p];
+        for (index_t j = 0; j < p; ++j) parts[j] = square[i + j];
+        store_lanes<P, A>(values + value_index<P>(t + i, e, value_dim), parts);
+      }
+    }
+  }
+  const index_t padded = padded_value_dim(value_dim);
+  for (index_t e = square_dim; e < padded; ++e) {
+    for (index_t t = 0; t < panel_tokens; ++t)
+      values[value_index<P>(t, e, value_dim)] = e < value_dim ? keys[key_index<P>(t, e)] : P(0);
+  }
 }
 
 /// A panel's values of the tokens whose bits are set, zeros for the others. (Of 8 bits: q8.hpp.)

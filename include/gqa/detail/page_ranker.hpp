@@ -92,11 +92,7 @@ class page_ranker {
   }
 
   /// Starts with nothing read.
-  void begin() noexcept {
-    unread_ = 0;
-    read_.clear(shape_.tiles);
-    std::fill_n(top_, shape_.rows, unseen);
-  }
+  void begin() noexcept { read_.clear(shape_.tiles); }
   /// The bound of what is not seen: its mass is 0 beside any other.
   static constexpr A unseen = std::numeric_limits<A>::lowest() / 4;
   /// U of row r and the n-th bounds, to be filled in; of pages that it does not see `unseen`.

@@ -147,6 +147,13 @@ struct ragged_rows {
   bool shares_prefixes = true;
 };
 
+/// The KV head that serves a query head.
+[[nodiscard]] inline index_t kv_head_of(index_t q_head, index_t q_heads, index_t kv_heads,
+                                        std::span<const index_t> group_offsets) noexcept {
+  if (group_offsets.empty()) return q_head / (q_heads / kv_heads);
+  return std::upper_bound(group_offsets.begin(), group_offsets.end(), q_head) - group_offsets.begin() - 1;
+}
+
 /// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
 template <class A, class L>
 struct problem {

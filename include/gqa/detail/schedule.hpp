@@ -82,14 +82,11 @@ class scheduler {
     return true;
   }
 
-  /// How a family's rows are cut into row tiles.
-  [[nodiscard]] row_cut cut_of(const family& f) const noexcept {
-    const index_t b = f.members.front();
+  /// How a family's rows, so many of a KV head, are cut into row tiles.
+  [[nodiscard]] row_cut cut_of(const family& f, index_t rows) const noexcept {
     if constexpr (has_query_blocks<Variant>) {
-      if (f.members.size() == 1) return engine_.cut_in_blocks(b, largest_group_);
+      if (f.members.size() == 1) return engine_.cut_in_blocks(f.members.front(), largest_group_);
     }
-    index_t rows = 0;
-    for (const index_t sequence : f.members) rows += most_rows_of(sequence);
     return row_cut(rows);
   }
 
@@ -124,7 +121,7 @@ class scheduler {
     // A bundle's row tiles have all rows of their KV heads.
     bool single_tiles = true;
     for (index_t n = 0; n < families_.count() && has_query_blocks<Variant>; ++n)
-      single_tiles = single_tiles && cut_of(families_[n]).tiles() <= 1;
+      single_tiles = single_tiles && cut_of(families_[n], rows_of(n)).tiles() <= 1;
     const plan_request request{families_.count(),
                                shape.kv_heads,
                                ctx_.concurrency(),
@@ -134,14 +131,14 @@ class scheduler {
                                heads_lie_together(kv_) && most_rows <= bundle_rows && single_tiles};
     const auto asks_of = [&](index_t n) -> family_request {
       const family f = families_[n];
-      return {engine_.tiles_of(f.members), cut_of(f).tiles(), std::min(rows_of(n), row_tile_rows)};
+      return {engine_.tiles_of(f.members), cut_of(f, rows_of(n)).tiles(), std::min(rows_of(n), row_tile_rows)};
     };
     const auto visits_of = [&](index_t n) {
       const family f = families_[n];
       index_t visits = 0;
       if (f.members.size() == 1) {
         const index_t b = f.members.front();
-        const row_cut cut = cut_of(f);
+        const row_cut cut = cut_of(f, rows_of(n));
         for (index_t i = 0; i < cut.tiles(); ++i) {
           const auto [first, count] = cut.tile(i, largest_group_, rows_of(n));
           if (count == 0) continue;
@@ -276,7 +273,8 @@ class scheduler {
   [[nodiscard]] row_tile row_tile_of(const bundle& item, index_t n) const noexcept {
     const index_t g = item.g + n;
     const family f = families_[item.family];
-    const row_range rows = cut_of(f).tile(item.i, problem_.group_size(g), engine_.rows_of(f.members, g));
+    const index_t all = engine_.rows_of(f.members, g);
+    const row_range rows = cut_of(f, all).tile(item.i, problem_.group_size(g), all);
     return {f.members, g, rows.first, rows.count};
   }
   /// Key tiles of a bundle. Those of several KV heads have all of their rows in it.
