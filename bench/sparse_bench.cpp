@@ -88,53 +88,23 @@ void add_block_sparse(const std::string& type, index_t length, index_t q_heads, 
   add("random_0.1_of_heads_blocks_128", random(0.1));
 }
 
-// Decode of one token over `keys` keys of normal numbers, of which eight score `gap` nats above the rest for every row
-// of a KV head.
-template <class T>
-void run_pages(benchmark::State& state, index_t keys, index_t bound_tokens, double gap, double epsilon) {
-  constexpr index_t q_heads = 32, kv_heads = 8, dim = 128;
-  test::rng random(11);
-  tensor<T> q({1, 1, q_heads, dim}, layout::bshd);
-  std::vector<double> about(kv_heads * dim);
-  for (double& x : about) x = random.normal();
-  for (index_t h = 0; h < q_heads; ++h)
-    for (index_t d = 0; d < dim; ++d)
-      q.view()(0, 0, h, d) =
-          static_cast<T>(static_cast<float>(about[static_cast<std::size_t>(h / 4 * dim + d)] + 0.1 * random.normal()));
-  kv_cache<T> kv(1, kv_heads, keys, dim, dim, std::pmr::get_default_resource());
-  kv.keep_key_bounds(bound_tokens, std::pmr::get_default_resource());
-  {
-    constexpr index_t together = 1024;
-    tensor<float> k({1, together, kv_heads, dim}, layout::bshd), v({1, together, kv_heads, dim}, layout::bshd);
-    for (index_t first = 0; first < keys; first += together) {
-      for (auto& x : k.data()) x = static_cast<float>(random.normal());
-      for (auto& x : v.data()) x = static_cast<float>(random.normal());
-      for (index_t g = 0; g < kv_heads && first % (keys / 8) == 0; ++g) {
-        double norm = 0;
-        for (index_t d = 0; d < dim; ++d) {
-          const double x = about[static_cast<std::size_t>(g * dim + d)];
-          norm += x * x;
-        }
-        for (index_t d = 0; d < dim; ++d)
-          k.view()(0, 64 * g + 7, g, d) += static_cast<float>(about[static_cast<std::size_t>(g * dim + d)] * gap *
-                                                              std::sqrt(static_cast<double>(dim)) / norm);
-      }
-      kv.append(k.view(), v.view());
-    }
-  }
+// What page_attention() and its like take beside exact attention: call(out, report) is one of theirs.
+template <class T, class Call>
+void measure_pages(benchmark::State& state, const tensor<T>& q, const kv_cache<T>& kv, const attention_options& options,
+                   const Call& call) {
+  const index_t q_heads = q.view().extent(2), dim = q.view().extent(3);
   tensor<float> out({1, 1, q_heads, dim}, layout::bshd), exact_out({1, 1, q_heads, dim}, layout::bshd);
-  std::vector<float> lse(q_heads), exact_lse(q_heads);
+  const auto heads = static_cast<std::size_t>(q_heads);
+  std::vector<float> lse(heads), exact_lse(heads);
   const auto state_of = [&](tensor<float>& to, std::vector<float>& l) {
     return partial_state<float>{to.view(), tensor_view<float, 3>(l.data(), {1, 1, q_heads})};
   };
-  page_options options{.epsilon = epsilon};
-  options.attention.causal = true;
   context ctx;
   page_report report;
   samples exact, paged;
   for (auto _ : state) {
-    exact.add(seconds_of([&] { attention(q.view(), kv, state_of(exact_out, exact_lse), options.attention, ctx); }));
-    const double seconds = seconds_of([&] { page_attention(q.view(), kv, state_of(out, lse), options, ctx, &report); });
+    exact.add(seconds_of([&] { attention(q.view(), kv, state_of(exact_out, exact_lse), options, ctx); }));
+    const double seconds = seconds_of([&] { call(state_of(out, lse), report, ctx); });
     paged.add(seconds);
     state.SetIterationTime(seconds);
   }
@@ -154,12 +124,109 @@ void run_pages(benchmark::State& state, index_t keys, index_t bound_tokens, doub
       compare(tensor_view<const float, 4>(out.view()), tensor_view<const float, 4>(exact_out.view())).relative;
 }
 
+struct decode_shape {
+  static constexpr index_t q_heads = 32, kv_heads = 8, group = q_heads / kv_heads, dim = 128;
+};
+
+// Numbers about which a KV head's four rows of queries lie, in channels of the sizes given; [8, 128].
+template <class T>
+std::vector<double> draw_queries(test::rng& random, const std::vector<double>& sizes, tensor<T>& q) {
+  using s = decode_shape;
+  std::vector<double> about(s::kv_heads * s::dim);
+  for (std::size_t i = 0; i < about.size(); ++i) about[i] = sizes[i % s::dim] * random.normal();
+  for (index_t h = 0; h < s::q_heads; ++h)
+    for (index_t d = 0; d < s::dim; ++d)
+      q.view()(0, 0, h, d) =
+          static_cast<T>(static_cast<float>(about[static_cast<std::size_t>(h / s::group * s::dim + d)] +
+                                            0.1 * sizes[static_cast<std::size_t>(d)] * random.normal()));
+  return about;
+}
+// Keys of normal numbers of the sizes given, of which eight a KV head score `gap` nats above the rest for its rows.
+template <class T>
+void fill_with_needles(test::rng& random, const std::vector<double>& sizes, const std::vector<double>& about,
+                       double gap, index_t keys, kv_cache<T>& kv) {
+  using s = decode_shape;
+  constexpr index_t together = 1024;
+  tensor<float> k({1, together, s::kv_heads, s::dim}, layout::bshd),
+      v({1, together, s::kv_heads, s::dim}, layout::bshd);
+  for (index_t first = 0; first < keys; first += together) {
+    for (std::size_t i = 0; i < k.data().size(); ++i)
+      k.data()[i] = static_cast<float>(sizes[i % s::dim] * random.normal());
+    for (auto& x : v.data()) x = static_cast<float>(random.normal());
+    for (index_t g = 0; g < s::kv_heads && first % (keys / 8) == 0; ++g) {
+      const double* const direction = about.data() + g * s::dim;
+      double norm = 0;
+      for (index_t d = 0; d < s::dim; ++d) norm += direction[d] * direction[d];
+      for (index_t d = 0; d < s::dim; ++d)
+        k.view()(0, 64 * g + 7, g, d) +=
+            static_cast<float>(direction[d] * gap * std::sqrt(static_cast<double>(s::dim)) / norm);
+    }
+    kv.append(k.view(), v.view());
+  }
+}
+
+// Decode of one token by page_attention(), over keys without any order.
+template <class T>
+void run_pages(benchmark::State& state, index_t keys, index_t bound_tokens, double gap, double epsilon) {
+  using s = decode_shape;
+  test::rng random(11);
+  tensor<T> q({1, 1, s::q_heads, s::dim}, layout::bshd);
+  const std::vector<double> sizes(s::dim, 1.0);
+  const auto about = draw_queries(random, sizes, q);
+  kv_cache<T> kv(1, s::kv_heads, keys, s::dim, s::dim, std::pmr::get_default_resource());
+  kv.keep_key_bounds(bound_tokens, std::pmr::get_default_resource());
+  fill_with_needles(random, sizes, about, gap, keys, kv);
+  page_options options{.epsilon = epsilon};
+  options.attention.causal = true;
+  measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
+    page_attention(q.view(), kv, out, options, ctx, &report);
+  });
+}
+
 template <class T>
 void add_pages(const std::string& type, index_t keys, index_t bound_tokens, double gap, int rounds = 21) {
   const std::string name = "pages/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
                            std::to_string(keys) + "h32g8d128/bounds" + std::to_string(bound_tokens) + "/t1";
   benchmark::RegisterBenchmark(name.c_str(),
                                [=](benchmark::State& state) { run_pages<T>(state, keys, bound_tokens, gap, 0.01); })
+      ->Iterations(rounds)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+// Decode of one token by projected_attention(), over keys whose n-th direction has a variance of 1 / n^2; rank 0: by
+// page_attention() with bounds of 16, over the same.
+template <class T>
+void run_projected(benchmark::State& state, index_t keys, index_t rank, double gap) {
+  using s = decode_shape;
+  test::rng random(12);
+  std::vector<double> sizes;
+  for (index_t d = 0; d < s::dim; ++d) sizes.push_back(8.0 / static_cast<double>(d + 1));
+  tensor<T> q({1, 1, s::q_heads, s::dim}, layout::bshd);
+  const auto about = draw_queries(random, std::vector<double>(s::dim, 1.0), q);
+  kv_cache<T> kv(1, s::kv_heads, keys, s::dim, s::dim, std::pmr::get_default_resource());
+  if (rank == 0) kv.keep_key_bounds(16, std::pmr::get_default_resource());
+  fill_with_needles(random, sizes, about, gap, keys, kv);
+  page_options options;
+  options.attention.causal = true;
+  if (rank == 0) {
+    measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
+      page_attention(q.view(), kv, out, options, ctx, &report);
+    });
+    return;
+  }
+  const projected_keys<Eigen::bfloat16> few(kv, {.rank = rank});
+  measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
+    projected_attention(q.view(), kv, few, out, options, ctx, &report);
+  });
+  state.counters["residual"] = few.residual(0, 0);
+}
+template <class T>
+void add_projected(const std::string& type, index_t keys, index_t rank, double gap, int rounds = 15) {
+  const std::string name = "projected/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
+                           std::to_string(keys) + "h32g8d128/" +
+                           (rank == 0 ? "boxes16" : "rank" + std::to_string(rank)) + "/t1";
+  benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { run_projected<T>(state, keys, rank, gap); })
       ->Iterations(rounds)
       ->UseManualTime()
       ->Unit(benchmark::kMillisecond);
@@ -207,6 +274,13 @@ void add_all() {
   for (const double gap : {0, 20, 30, 35, 40, 50}) add_pages<Eigen::bfloat16>("bf16", 65536, 64, gap);
   for (const double gap : {0, 30, 40, 50}) add_pages<float>("f32", 65536, 16, gap);
   for (const double gap : {0, 30, 40, 50}) add_pages<Eigen::bfloat16>("bf16", 65536, 16, gap);
+  add_projected<float>("f32", 4096, 16, 15, 3);
+  for (const index_t rank : {0, 6, 14, 30, 62}) {
+    for (const double gap : {0, 5, 10, 15, 20}) {
+      add_projected<float>("f32", 65536, rank, gap);
+      add_projected<Eigen::bfloat16>("bf16", 65536, rank, gap);
+    }
+  }
   add_block_sparse<float>("f32", 1024, 8, 2, 64, 3);
   add_block_sparse<float>("f32", 16384, 8, 2, 128, 3);
   add_block_sparse<Eigen::bfloat16>("bf16", 16384, 8, 2, 128, 3);

@@ -13,7 +13,7 @@
 ///
 /// It is for prefill of long prompts with patterns that are known beforehand, by measurement of a model's heads
 /// (MInference, Jiang et al. 2024) or by training (BigBird, Zaheer et al. 2020; sparse transformers, Child et al.
-/// 2019). It promises nothing about what is left out: see page_attention.hpp for what does.
+/// 2019). It promises nothing about what is left out: see page_selection.hpp for what does.
 #pragma once
 
 #include <algorithm>

@@ -26,12 +26,14 @@
 #include <gqa/local_masks.hpp>            // block_local, dilated_window, neighbourhood, chunked(), sinks_and_window
 #include <gqa/low_rank_attention.hpp>  // latent_attention(): multi-head latent attention (MLA), absorbed or materialised
 #include <gqa/openmp.hpp>              // openmp_executor
-#include <gqa/options.hpp>           // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
-#include <gqa/page_attention.hpp>    // page_attention(): decode that reads the pages which matter, with a certificate
-#include <gqa/page_options.hpp>      // page_options, page_report
-#include <gqa/paged_kv_cache.hpp>    // paged_kv_cache: one pool of pages for all layers, forks that share them
-#include <gqa/paged_view.hpp>        // paged_view: an engine's own pages and page tables
-#include <gqa/quantization.hpp>      // q8 for caches: 8 bits an element, and error_bound() of attention over them
+#include <gqa/options.hpp>         // attention_options: causal, window, softcap, ALiBi, sinks, masks, lengths, groups
+#include <gqa/page_options.hpp>    // page_options, page_report
+#include <gqa/page_selection.hpp>  // page_attention(): decode that reads the pages which matter, with a certificate
+#include <gqa/paged_kv_cache.hpp>  // paged_kv_cache: one pool of pages for all layers, forks that share them
+#include <gqa/paged_view.hpp>      // paged_view: an engine's own pages and page tables
+#include <gqa/projected_attention.hpp>  // projected_attention(): keys ranked in few dimensions, exact on what matters
+#include <gqa/projected_keys.hpp>  // projected_keys: principal directions of the keys of a source, and what is left out
+#include <gqa/quantization.hpp>    // q8 for caches: 8 bits an element, and error_bound() of attention over them
 #include <gqa/query_clustering.hpp>  // group_queries(): groups of alike queries, by content, labels or distance
 #include <gqa/query_groups.hpp>      // query_groups, grouping_options
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline

@@ -40,7 +40,7 @@ namespace gqa {
 ///   scatters_panels   a constant, true where what follows a panel in memory may not be what is read next
 ///   makes_tiles_in_cache  a constant, true where tile() is cheap enough to be called again by each row tile
 ///   bound_tokens(), bounds(b, g, n)
-///                     keys that have bounds together, 0 if there are none, and the n-th of them (page_attention.hpp)
+///                     keys that have bounds together, 0 if there are none, and the n-th of them (page_selection.hpp)
 ///   pages_of(b), page_size(), has_shared_pages(b)
 ///                     a sequence's pages of so many tokens, by number, where sequences may share them: those of one
 ///                     number at one place hold the same keys; and whether others may have some of them

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// latent_attention(): multi-head latent attention (MLA; DeepSeek-V2, 2024) over a latent_kv_cache.
+/// latent_attention(): multi-head latent attention (MLA; DeepSeek-V2, 2024) over a latent_kv_cache. (For keys that only
+/// lie near few dimensions: projected_attention.hpp.)
 ///
 /// Keys and values of all H heads come from one latent vector c a token, of rank R, and a part of the key, of Dr, that
 /// carries the positions and is the same for all:
@@ -32,6 +33,7 @@
 #include <gqa/error.hpp>
 #include <gqa/latent_kv_cache.hpp>
 #include <gqa/options.hpp>
+#include <gqa/projected_attention.hpp>  // IWYU pragma: export
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {

@@ -79,6 +79,9 @@ GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, float>::run(
 GQA_TEST_CALL void scheduler<kv_cache<Eigen::half>, no_variant, float>::run();
 GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, no_variant, float>::run();
 GQA_TEST_CALL void scheduler<kv_cache<float>, draft_masks, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<float>, chosen_pages, float>::run();
+GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, chosen_pages, float>::run();
+GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, chosen_pages, float>::run();
 GQA_TEST_CALL void grouped_runner<float, dense_kv<float, float>, tensor_view<float, 4>>::run();
 GQA_TEST_CALL void scheduler<paged_layer<float>, draft_masks, float>::run();
 GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, float>::run();
@@ -86,10 +89,12 @@ GQA_TEST_CALL void scheduler<decoded_kv<paged_layer<q8>>, draft_masks, float>::r
 #if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
 GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, Eigen::bfloat16>::run();
 GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, Eigen::bfloat16>::run();
+GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, chosen_pages, Eigen::bfloat16>::run();
 #endif
 #if GQA_VNNI
 GQA_TEST_CALL void scheduler<kv_cache<q8>, no_variant, q8>::run();
 GQA_TEST_CALL void scheduler<paged_layer<q8>, draft_masks, q8>::run();
+GQA_TEST_CALL void scheduler<kv_cache<q8>, chosen_pages, q8>::run();
 #endif
 
 }  // namespace GQA_ISA

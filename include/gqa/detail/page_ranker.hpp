@@ -3,7 +3,7 @@
 /// page_ranker: which pages of a KV head some rows of queries read next, and what those that they have not read may
 /// weigh.
 ///
-/// A page is a key tile of 64 keys. For each row r and page p the bounds of its keys (key_bounds.hpp) give
+/// A page is 64 keys or 16 (page_reader.hpp). For each row r and page p the bounds of its keys give
 ///
 ///     w_rp = sum over the page's bounds of n 2^(U - m_r),    U >= every score with one of the n keys, base 2
 ///
@@ -40,32 +40,16 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// The products of R rows q [R, q_stride] with up to 16 rows of bounds, `length` elements each: u [R, 16].
-template <int Rows, class A, class S, class B>
-void multiply_bounds(const std::array<const B*, panel_tokens>& bounds, index_t count, const S* q, index_t q_stride,
-                     index_t length, A* u) noexcept {
-  constexpr index_t width = packet_size<A>;
-  alignas(64) A lanes[Rows][panel_tokens * width];
-  for (int r = 0; r < Rows; ++r) std::fill_n(lanes[r] + count * width, (panel_tokens - count) * width, A{0});
-  for (index_t n = 0; n < count; ++n)
-    dot_lanes<Rows>(bounds[static_cast<std::size_t>(n)], q, q_stride, length, lanes[0] + n * width,
-                    panel_tokens * width);
-  for (int r = 0; r < Rows; ++r) {
-    for (index_t n = 0; n < panel_tokens; n += width)
-      store(u + r * panel_tokens + n, sum_lanes_each(lanes[r] + n * width));
-  }
-}
-
-/// Tiles as bits.
-class tile_bits {
+/// Pages as bits.
+class page_bits {
  public:
-  tile_bits() noexcept = default;
-  explicit tile_bits(std::uint64_t* words) noexcept : words_(words) {}
-  [[nodiscard]] static constexpr index_t words(index_t tiles) noexcept { return ceil_div(tiles, 64); }
+  page_bits() noexcept = default;
+  explicit page_bits(std::uint64_t* words) noexcept : words_(words) {}
+  [[nodiscard]] static constexpr index_t words(index_t pages) noexcept { return ceil_div(pages, 64); }
 
-  [[nodiscard]] bool has(index_t tile) const noexcept { return (words_[tile / 64] >> tile % 64 & 1) != 0; }
-  void add(index_t tile) noexcept { words_[tile / 64] |= std::uint64_t{1} << tile % 64; }
-  void clear(index_t tiles) noexcept { std::fill_n(words_, words(tiles), std::uint64_t{0}); }
+  [[nodiscard]] bool has(index_t page) const noexcept { return (words_[page / 64] >> page % 64 & 1) != 0; }
+  void add(index_t page) noexcept { words_[page / 64] |= std::uint64_t{1} << page % 64; }
+  void clear(index_t pages) noexcept { std::fill_n(words_, words(pages), std::uint64_t{0}); }
 
  private:
   std::uint64_t* words_ = nullptr;
@@ -75,43 +59,43 @@ class tile_bits {
 template <class A>
 class page_ranker {
  public:
-  /// Of one KV head: rows of queries, key tiles that some of them see, bounds of a tile.
+  /// Of one KV head: rows of queries, pages that some of them may see, bounds of a page.
   struct shape {
-    index_t rows, tiles, bounds_of_tile;
+    index_t rows, pages, bounds_of_page;
   };
 
   /// Gives out pieces of memory and returns its bytes; of nullptr, only the bytes.
   std::size_t carve(std::byte* memory, const shape& s) noexcept {
     carver take(memory);
-    take(mass_, s.rows * padded_pages(s)), take(top_, s.rows), take(total_, s.rows);
-    take(rank_, round_up(s.tiles, panel_tokens)), take(order_, s.tiles), take(sorted_, s.tiles);
+    take(mass_, s.rows * padded_bounds(s)), take(top_, s.rows), take(total_, s.rows);
+    take(rank_, round_up(s.pages, panel_tokens)), take(order_, s.pages), take(sorted_, s.pages);
     std::uint64_t* words = nullptr;
-    take(words, tile_bits::words(s.tiles));
-    read_ = tile_bits(words), shape_ = s;
+    take(words, page_bits::words(s.pages));
+    read_ = page_bits(words), shape_ = s;
     return take.used();
   }
 
   /// Starts with nothing read.
-  void begin() noexcept { read_.clear(shape_.tiles); }
+  void begin() noexcept { read_.clear(shape_.pages); }
   /// The bound of what is not seen: its mass is 0 beside any other.
   static constexpr A unseen = std::numeric_limits<A>::lowest() / 4;
   /// U of row r and the n-th bounds, to be filled in; of pages that it does not see `unseen`.
-  [[nodiscard]] A& bound(index_t r, index_t n) noexcept { return mass_[r * padded_pages(shape_) + n]; }
+  [[nodiscard]] A& bound(index_t r, index_t n) noexcept { return mass_[r * padded_bounds(shape_) + n]; }
 
   /// Turns the bounds into masses: each is of so many keys, but the one numbered `last`, of `last_keys`. Pages with a
-  /// bound that is no number must be read: must_read(tile).
+  /// bound that is no number must be read: must_read(page).
   template <class MustRead>
   void weigh(index_t keys, index_t last, index_t last_keys, const MustRead& must_read) noexcept {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     constexpr index_t width = packet_size<A>;
-    const index_t pages = shape_.tiles * shape_.bounds_of_tile, padded = padded_pages(shape_);
+    const index_t bounds = shape_.pages * shape_.bounds_of_page, padded = padded_bounds(shape_);
     for (index_t r = 0; r < shape_.rows; ++r) {
       A* const u = &bound(r, 0);
-      std::fill(u + pages, u + padded, unseen);
+      std::fill(u + bounds, u + padded, unseen);
       packet<A> off = zeros<A>();  // NaN where a bound is no number, or infinite
       for (index_t n = 0; n < padded; n += width) off = add(off, sub(load(u + n), load(u + n)));
-      for (index_t n = 0; n < pages && lane_sum<A>(off) != 0; ++n) {
-        if (!(std::abs(u[n]) < infinity)) must_read(n / shape_.bounds_of_tile), u[n] = unseen;
+      for (index_t n = 0; n < bounds && lane_sum<A>(off) != 0; ++n) {
+        if (!(std::abs(u[n]) < infinity)) must_read(n / shape_.bounds_of_page), u[n] = unseen;
       }
       packet<A> most = broadcast(unseen);
       for (index_t n = 0; n < padded; n += width) most = max_or_nan(load(u + n), most);
@@ -119,19 +103,19 @@ class page_ranker {
       const packet<A> top = broadcast(top_[r]);
       packet<A> sum = zeros<A>();
       for (index_t n = 0; n < padded; n += width) {
-        const packet<A> bounds = load(u + n), most_keys = broadcast(static_cast<A>(keys));
-        const packet<A> power = exp2_packet<A>(max_or_nan(sub(bounds, top), broadcast(A{-120})));
+        const packet<A> bound = load(u + n), most_keys = broadcast(static_cast<A>(keys));
+        const packet<A> power = exp2_packet<A>(max_or_nan(sub(bound, top), broadcast(A{-120})));
         const packet<A> mass =
-            select_bits<A>(equal_bits<A>(bounds, broadcast(unseen)), zeros<A>(), mul<A>(power, most_keys));
+            select_bits<A>(equal_bits<A>(bound, broadcast(unseen)), zeros<A>(), mul<A>(power, most_keys));
         store(u + n, mass), sum = add(sum, mass);
       }
       total_[r] = lane_sum<A>(sum);
       u[last] *= static_cast<A>(last_keys) / static_cast<A>(keys);
-      for (index_t tile = 0; tile < shape_.tiles && shape_.bounds_of_tile > 1; ++tile)
-        u[tile] = std::accumulate(u + tile * shape_.bounds_of_tile, u + (tile + 1) * shape_.bounds_of_tile, A{0});
+      for (index_t page = 0; page < shape_.pages && shape_.bounds_of_page > 1; ++page)
+        u[page] = std::accumulate(u + page * shape_.bounds_of_page, u + (page + 1) * shape_.bounds_of_page, A{0});
     }
-    std::iota(order_, order_ + shape_.tiles, 0);
-    unread_ = shape_.tiles;
+    std::iota(order_, order_ + shape_.pages, 0);
+    unread_ = shape_.pages;
   }
   /// About what all of a row's pages may weigh.
   [[nodiscard]] double total(index_t r) const noexcept { return static_cast<double>(total_[r]); }
@@ -139,13 +123,13 @@ class page_ranker {
   /// Base-2 logarithm of the unit of a row's masses.
   [[nodiscard]] A unit(index_t r) const noexcept { return top_[r]; }
   [[nodiscard]] index_t unread() const noexcept { return unread_; }
-  [[nodiscard]] index_t read() const noexcept { return shape_.tiles - unread_; }
-  [[nodiscard]] bool is_read(index_t tile) const noexcept { return read_.has(tile); }
+  [[nodiscard]] index_t read() const noexcept { return shape_.pages - unread_; }
+  [[nodiscard]] bool is_read(index_t page) const noexcept { return read_.has(page); }
 
-  void take(index_t tile) noexcept { read_.add(tile); }
+  void take(index_t page) noexcept { read_.add(page); }
   /// Forgets the pages that have been taken.
   void drop_taken() noexcept {
-    const auto end = std::remove_if(order_, order_ + unread_, [&](std::int32_t tile) { return read_.has(tile); });
+    const auto end = std::remove_if(order_, order_ + unread_, [&](std::int32_t page) { return read_.has(page); });
     unread_ = end - order_;
   }
   /// What the unread pages may weigh for row r, in its unit.
@@ -156,25 +140,25 @@ class page_ranker {
   template <class Limit>
   void sort(const Limit& limit) noexcept {
     constexpr index_t bins = 512, width = packet_size<A>;  // eighths: masses within 2^64 of the largest
-    const index_t padded = round_up(shape_.tiles, panel_tokens);
+    const index_t padded = round_up(shape_.pages, panel_tokens);
     std::fill_n(rank_, padded, A{0});
     for (index_t r = 0; r < shape_.rows; ++r) {
       const double allowed = std::max(limit(r), std::numeric_limits<double>::min());
       const auto most = static_cast<double>(std::numeric_limits<A>::max());
       const packet<A> factor = broadcast(static_cast<A>(std::min(1 / allowed, most)));
-      const A* const masses = mass_ + r * padded_pages(shape_);
-      for (index_t tile = 0; tile < padded; tile += width)
-        store(rank_ + tile, max_or_nan(mul<A>(load(masses + tile), factor), load(rank_ + tile)));
+      const A* const masses = mass_ + r * padded_bounds(shape_);
+      for (index_t page = 0; page < padded; page += width)
+        store(rank_ + page, max_or_nan(mul<A>(load(masses + page), factor), load(rank_ + page)));
     }
     // Of numbers of one sign, their bits are in their order: the exponent, and three bits of the fraction.
     using bits = std::conditional_t<sizeof(A) == sizeof(float), std::int32_t, std::int64_t>;
-    const auto eighths_of = [&](std::int32_t tile) {
-      return static_cast<index_t>(std::bit_cast<bits>(rank_[tile]) >> (std::numeric_limits<A>::digits - 4));
+    const auto eighths_of = [&](std::int32_t page) {
+      return static_cast<index_t>(std::bit_cast<bits>(rank_[page]) >> (std::numeric_limits<A>::digits - 4));
     };
     index_t largest = 0;
     for (index_t n = 0; n < unread_; ++n) largest = std::max(largest, eighths_of(order_[n]));
-    const auto bin_of = [&](std::int32_t tile) {
-      return static_cast<std::size_t>(std::min(largest - eighths_of(tile), bins - 1));
+    const auto bin_of = [&](std::int32_t page) {
+      return static_cast<std::size_t>(std::min(largest - eighths_of(page), bins - 1));
     };
     std::array<index_t, bins + 1> starts{};
     for (index_t n = 0; n < unread_; ++n) ++starts[bin_of(order_[n]) + 1];
@@ -214,10 +198,10 @@ class page_ranker {
   }
 
  private:
-  [[nodiscard]] static index_t padded_pages(const shape& s) noexcept {
-    return round_up(s.tiles * s.bounds_of_tile, panel_tokens);
+  [[nodiscard]] static index_t padded_bounds(const shape& s) noexcept {
+    return round_up(s.pages * s.bounds_of_page, panel_tokens);
   }
-  [[nodiscard]] A mass_of(index_t r, index_t tile) const noexcept { return mass_[r * padded_pages(shape_) + tile]; }
+  [[nodiscard]] A mass_of(index_t r, index_t page) const noexcept { return mass_[r * padded_bounds(shape_) + page]; }
 
   /// Of the unread pages [begin, end): four sums, for one would wait for itself.
   [[nodiscard]] double sum_of(index_t r, index_t begin, index_t end) const noexcept {
@@ -228,13 +212,13 @@ class page_ranker {
   }
 
   shape shape_{};
-  A* mass_ = nullptr;              // [rows, padded pages]: bounds, then masses of tiles
+  A* mass_ = nullptr;              // [rows, padded bounds]: bounds, then masses of pages
   A* top_ = nullptr;               // [rows]
   A* total_ = nullptr;             // [rows]
-  A* rank_ = nullptr;              // [tiles]
-  std::int32_t* order_ = nullptr;  // [tiles]: those that are not read
+  A* rank_ = nullptr;              // [pages]
+  std::int32_t* order_ = nullptr;  // [pages]: those that are not read
   std::int32_t* sorted_ = nullptr;
-  tile_bits read_;
+  page_bits read_;
   index_t unread_ = 0;
 };
 

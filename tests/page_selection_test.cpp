@@ -12,6 +12,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/certified.hpp"
 #include "support/pages.hpp"
 #include "support/refusal.hpp"
 #include "support/test_data.hpp"
@@ -28,10 +29,6 @@ kv_cache<T> cache_of(const operands<float, float>& in, index_t bound_tokens) {
   return cache;
 }
 
-struct paged_result : attended<float> {
-  page_report report;
-};
-
 template <class KV>
 paged_result run_pages(const operands<float, float>& in, const KV& kv, page_options o, context& ctx) {
   const auto& n = in.of.shape;
@@ -46,68 +43,7 @@ paged_result run_pages(const operands<float, float>& in, const KV& kv, page_opti
   return r;
 }
 
-// Keys around `topics` directions, a run of tokens each: pages differ, as those of texts do.
-operands<float, float> with_topics(const attention_case& c, index_t run, double spread) {
-  operands<float, float> in(c);
-  rng random(c.seed + 100);
-  const auto& n = c.shape;
-  for (index_t b = 0; b < n.b; ++b)
-    for (index_t g = 0; g < n.g; ++g)
-      for (index_t first = 0; first < n.t; first += run) {
-        std::vector<double> about(static_cast<std::size_t>(n.d));
-        for (double& x : about) x = 1.5 * random.normal();
-        for (index_t t = first; t < std::min(first + run, n.t); ++t)
-          for (index_t d = 0; d < n.d; ++d)
-            in.k.view()(b, t, g, d) = static_cast<float>(about[static_cast<std::size_t>(d)] + spread * random.normal());
-      }
-  return in;
-}
-
-// What exact attention over the cache's keys as stored says, in double.
-template <class T>
-oracle_result exact_over(const operands<float, float>& in, const kv_cache<T>& cache) {
-  const auto& n = in.of.shape;
-  tensor<double> q({n.b, n.s, n.h, n.d}, layout::bshd), k({n.b, n.t, n.g, n.d}, layout::bshd),
-      v({n.b, n.t, n.g, n.e}, layout::bshd);
-  std::copy(in.q.data().begin(), in.q.data().end(), q.data().begin());
-  for (index_t b = 0; b < n.b; ++b)
-    for (index_t t = 0; t < n.t; ++t)
-      for (index_t g = 0; g < n.g; ++g) {
-        const auto key = cache.key(b, t, g);
-        const auto value = cache.value(b, t, g);
-        for (index_t d = 0; d < n.d; ++d) k.view()(b, t, g, d) = static_cast<double>(key[static_cast<std::size_t>(d)]);
-        for (index_t e = 0; e < n.e; ++e)
-          v.view()(b, t, g, e) = static_cast<double>(value[static_cast<std::size_t>(e)]);
-      }
-  return run_oracle_on(q.view(), k.view(), v.view(), in.options);
-}
-
-// The certificate is no less than the mass really dropped, 1 - exp(lse_read - lse), no more than epsilon, and the
-// output is a mean that fits: o = (1 - m) o_read + m o_rest with o_rest within the values. `off`: what the kernel's lse
-// may be off by, and its outputs, in units of the largest value.
-void expect_certified(const paged_result& r, const oracle_result& exact, const operands<float, float>& in,
-                      double epsilon, double off) {
-  const auto e = static_cast<std::size_t>(in.of.shape.e);
-  for (std::size_t row = 0; row < r.lse.size(); ++row) {
-    const page_row& said = r.report.rows[row];
-    if (exact.lse[row] == -std::numeric_limits<double>::infinity()) {
-      EXPECT_EQ(r.lse[row], exact.lse[row]);
-      continue;
-    }
-    const double dropped = -std::expm1(static_cast<double>(r.lse[row]) - exact.lse[row]);
-    ASSERT_LE(dropped, said.dropped + off) << in.of.name() << ", row " << row;
-    ASSERT_GE(dropped, -off) << in.of.name() << ", row " << row;
-    ASSERT_LE(said.dropped, epsilon);
-    ASSERT_GE(said.dropped, 0);
-    ASSERT_TRUE(said.read <= said.pages && (said.read < said.pages || said.dropped == 0));
-    for (std::size_t i = row * e; i < (row + 1) * e; ++i)
-      ASSERT_LE(std::abs(static_cast<double>(r.out[i]) - exact.out[i]),
-                2 * exact.max_value * (std::max(dropped, 0.0) + 2 * off))
-          << in.of.name() << ", row " << row;
-  }
-}
-
-TEST(PageAttention, OfAllPagesIsExactAttention) {
+TEST(PageSelection, OfAllPagesIsExactAttention) {
   for (const unsigned options : {0U, with_causal | with_sinks, with_causal | with_window | with_softcap,
                                  with_causal | with_alibi | with_groups, with_lengths | with_mask}) {
     operands<float, float> in({{2, 2, 700, 8, 2, 16, 24}, options, layout::bshd});
@@ -151,14 +87,14 @@ index_t expect_all_certified(unsigned options, bool rounds = false) {
   }
   return saved;
 }
-TEST(PageAttention, CertifiesWhatItDrops) {
+TEST(PageSelection, CertifiesWhatItDrops) {
   EXPECT_GT(expect_all_certified<float>(0), 2000);
   EXPECT_GT(expect_all_certified<float>(with_causal | with_sinks | with_lengths), 1000);
   EXPECT_GT(expect_all_certified<float>(with_causal | with_softcap | with_scale), 100);
   EXPECT_GT(expect_all_certified<float>(with_causal | with_alibi), 2000);
   EXPECT_GT(expect_all_certified<float>(with_causal | with_groups | with_window), 100);
 }
-TEST(PageAttention, CertifiesWhatItDropsOfOtherTypes) {
+TEST(PageSelection, CertifiesWhatItDropsOfOtherTypes) {
   EXPECT_GT(expect_all_certified<Eigen::bfloat16>(with_causal), 2000);
   EXPECT_GT(expect_all_certified<Eigen::bfloat16>(with_causal, true), 2000);
   EXPECT_GT(expect_all_certified<q8>(with_causal), 2000);
@@ -167,7 +103,7 @@ TEST(PageAttention, CertifiesWhatItDropsOfOtherTypes) {
 
 // On a trained model's activations: what really was dropped, by the exact kernel's log-sum-exp, is as certified, and
 // the outputs are off by no more than that of the values.
-TEST(PageAttention, CertifiesWhatItDropsOfATrainedModel) {
+TEST(PageSelection, CertifiesWhatItDropsOfATrainedModel) {
   GQA_NEED_TEST_DATA();
   index_t saved = 0;
   for (const real_layer& layer : read_real_layers()) {
@@ -310,7 +246,7 @@ operands<float, float> with_needle(index_t keys, index_t at, double gap) {
     for (index_t d = 0; d < 32; ++d) in.k.view()(0, at, g, d) = static_cast<float>(gap * std::sqrt(32.0) / 32);
   return in;
 }
-TEST(PageAttention, ReadsFewPagesWhereANeedleStandsOutAndAllWhereNothingDoes) {
+TEST(PageSelection, ReadsFewPagesWhereANeedleStandsOutAndAllWhereNothingDoes) {
   context ctx;
   const auto needle = with_needle(8000, 4321, 25);
   const auto found = run_pages(needle, cache_of<float>(needle, 64), {.epsilon = 0.01}, ctx);
@@ -331,7 +267,7 @@ TEST(PageAttention, ReadsFewPagesWhereANeedleStandsOutAndAllWhereNothingDoes) {
   EXPECT_LE(all.report.rounds, 3);
 }
 
-TEST(PageAttention, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {
+TEST(PageSelection, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {
   context ctx;
   auto in = with_needle(4000, 1000, 25);
   const auto clean = run_pages(in, cache_of<float>(in, 64), {}, ctx);
@@ -352,7 +288,7 @@ TEST(PageAttention, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {
   for (index_t h = 0; h < 8; ++h) EXPECT_EQ(std::isnan(seen.out[static_cast<std::size_t>(h * 16)]), h >= 4) << h;
 }
 
-TEST(PageAttention, KeepsToItsBudgetAndSaysWhatItCost) {
+TEST(PageSelection, KeepsToItsBudgetAndSaysWhatItCost) {
   const auto in = with_topics({{1, 1, 3000, 8, 2, 16, 16}, with_causal, layout::bshd}, 64, 0.3);
   const auto cache = cache_of<float>(in, 64);
   const auto exact = exact_over(in, cache);
@@ -372,7 +308,7 @@ TEST(PageAttention, KeepsToItsBudgetAndSaysWhatItCost) {
   }
 }
 
-TEST(PageAttention, HasTheSameBitsOnAnyThreads) {
+TEST(PageSelection, HasTheSameBitsOnAnyThreads) {
   const auto in = with_topics({{3, 2, 1500, 8, 4, 16, 16}, with_causal | with_sinks, layout::bshd}, 64, 0.3);
   const auto cache = cache_of<float>(in, 16);
   context ctx;
@@ -385,7 +321,7 @@ TEST(PageAttention, HasTheSameBitsOnAnyThreads) {
 }
 
 // Pages of a paged cache and of a ring choose as those of a kv_cache of the same tokens do, whoever shares them.
-TEST(PageAttention, ChoosesAlikeFromAnyCache) {
+TEST(PageSelection, ChoosesAlikeFromAnyCache) {
   const auto in = with_topics({{1, 1, 1500, 8, 2, 16, 16}, with_causal, layout::bshd}, 64, 0.3);
   context ctx;
   for (const index_t bound_tokens : {16, 64}) {
@@ -431,7 +367,7 @@ TEST(PageAttention, ChoosesAlikeFromAnyCache) {
 }
 
 // Bounds far above all scores: what seems nothing beside them is all that there is.
-TEST(PageAttention, IsNotMisledByBoundsFarAboveTheScores) {
+TEST(PageSelection, IsNotMisledByBoundsFarAboveTheScores) {
   operands<float, float> in({{1, 1, 2048, 1, 1, 16, 4}, with_causal, layout::bshd});
   in.options.scale = 1.0;
   std::fill(in.q.data().begin(), in.q.data().end(), 1.0F);
@@ -452,7 +388,7 @@ TEST(PageAttention, IsNotMisledByBoundsFarAboveTheScores) {
   }
 }
 
-TEST(PageAttention, LeavesOutWhatARingHasDropped) {
+TEST(PageSelection, LeavesOutWhatARingHasDropped) {
   const auto in = with_topics({{1, 1, 3000, 8, 2, 16, 16}, 0, layout::bshd}, 64, 0.3);
   ring_kv_cache<float> ring(1, 2, 64, 1000, 16, 16);
   ring.keep_key_bounds();
@@ -465,7 +401,7 @@ TEST(PageAttention, LeavesOutWhatARingHasDropped) {
   EXPECT_TRUE(run_pages(windowed, ring, {}, ctx).same_bits(run_pages(windowed, cache, {}, ctx)));
 }
 
-TEST(PageAttention, RefusesWhatDoesNotFit) {
+TEST(PageSelection, RefusesWhatDoesNotFit) {
   operands<float, float> in({{1, 1, 100, 4, 2, 16, 16}, with_causal, layout::bshd});
   auto cache = cache_of<float>(in, 64);
   auto without = cache_of<float>(in, 0);
