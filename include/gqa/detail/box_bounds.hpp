@@ -54,6 +54,7 @@ class box_bounds {
   box_bounds(const problem<A, L>& p, const score_bound<A, L>& scores, const Source& kv) noexcept
       : scores_(scores), kv_(kv), head_dim_(p.shape.head_dim) {}
 
+  static constexpr bool are_tight = false;  // whether scores are near them
   [[nodiscard]] static constexpr index_t page_tokens() noexcept { return tile_tokens; }
   [[nodiscard]] index_t bounds_of_page() const noexcept { return page_tokens() / keys_of_bound(); }
   /// Keys that a bound is of, each.

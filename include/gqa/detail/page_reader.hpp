@@ -77,6 +77,16 @@ class chosen_pages {
     }
     return bits;
   }
+  /// The panels that a query head sees of each tile.
+  [[nodiscard]] auto panels_of(index_t batch, index_t q_head) const noexcept {
+    return [pages = pages_of(batch, q_head), whole = page_tokens_ == tile_tokens](index_t tile) noexcept {
+      if (whole) return pages.has(tile) ? all_panels : 0;
+      std::uint32_t panels = 0;
+      for (index_t n = 0; n < tile_panels; ++n)
+        panels |= static_cast<std::uint32_t>(pages.has(tile * tile_panels + n)) << n;
+      return panels;
+    };
+  }
 
  private:
   [[nodiscard]] page_bits pages_of(index_t b, index_t q_head) const noexcept {
@@ -300,9 +310,11 @@ class page_reader {
     const auto limit = [&](index_t r) { return share * mass_read(t, r) * (1 - 0x1p-16); };
     if (!std::exchange(t.sorted, true)) t.ranker.sort(limit);
     const index_t needed = t.ranker.count_needed(limit), unread = t.ranker.unread();
-    // What is needed shrinks as more is read, so only a half of it is, unless hardly anything could be spared.
+    // What is needed by loose bounds shrinks as more is read, so only a half of it is, unless hardly anything could be
+    // spared.
     const index_t least = std::min(needed, pages_of_a_round(t.pages.size()));
-    const index_t next = 4 * needed >= 3 * unread ? needed : std::max(needed / 2, least);
+    const bool all = Bounds::are_tight || 4 * needed >= 3 * unread;
+    const index_t next = all ? needed : std::max(needed / 2, least);
     const index_t count = std::min(next, budget_of(t));
     if (count == 0) return;
     wants = 1;

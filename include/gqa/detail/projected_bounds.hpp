@@ -35,7 +35,7 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// log2 x rounded up, of x of [1, 2^16], by the chord of each power of two: 0.0861 above it at most.
+/// log2 x rounded up, of any x that has all its bits, by the chord of each power of two: 0.0861 above it at most.
 template <class A>
 [[nodiscard]] inline A log2_above(A x) noexcept {
   using bits = std::conditional_t<sizeof(A) == sizeof(float), std::int32_t, std::int64_t>;
@@ -62,6 +62,7 @@ class projected_bounds<L, projected_keys<S>> {
       for (index_t g = 0; g < p.shape.kv_heads; ++g) channels_ = std::max(channels_, keys.of(b, g).channels());
   }
 
+  static constexpr bool are_tight = true;  // whether scores are near them
   [[nodiscard]] static constexpr index_t page_tokens() noexcept { return panel_tokens; }
   [[nodiscard]] static constexpr index_t bounds_of_page() noexcept { return 1; }
   /// A panel's bound is of all its keys together.
@@ -110,11 +111,13 @@ class projected_bounds<L, projected_keys<S>> {
       tile.v = tile.k;  // which nobody reads
       for (index_t row = 0; row < head.rows; row += block_rows) {
         const index_t block = std::min<index_t>(block_rows, head.rows - row);
-        score_tile(tile, rows + row * stride(), stride(), of.channels(), block, u);
-        for (index_t r = 0; r < block; ++r) {
-          bound_scores(head, row + r, i * tile_tokens, u + r * tile_tokens);
-          bound_panels(u + r * tile_tokens, &ranker.bound(row + r, (i - head.tiles.begin) * tile_panels));
-        }
+        score_tile<S, reading::in_order>(tile, rows + row * stride(), stride(), of.channels(), block, u);
+        std::array<std::uint64_t, block_rows> seen{};
+        for (index_t r = 0; r < block; ++r)
+          seen[static_cast<std::size_t>(r)] = bound_scores(head, row + r, i * tile_tokens, u + r * tile_tokens);
+        bound_panels(u, block, seen, [&](index_t r, index_t panel) -> A& {
+          return ranker.bound(row + r, (i - head.tiles.begin) * tile_panels + panel);
+        });
       }
     }
   }
@@ -122,8 +125,9 @@ class projected_bounds<L, projected_keys<S>> {
  private:
   [[nodiscard]] index_t stride() const noexcept { return round_up(channels_, 16) + 16; }
 
-  /// From products with 64 keys, u, to bounds of scores; what the row does not see is `unseen`.
-  void bound_scores(const bounded_head& head, index_t row, index_t first, A* u) const noexcept {
+  /// From products with 64 keys, u, to bounds of scores; what the row does not see is `unseen`. The bits of what it
+  /// sees.
+  std::uint64_t bound_scores(const bounded_head& head, index_t row, index_t first, A* u) const noexcept {
     const index_t position = head.position_of(row);
     const key_range seen = scores_.keys_of(position, head.keys);
     const std::uint64_t bits = bits_between(seen.begin - first, seen.end - first);
@@ -132,26 +136,45 @@ class projected_bounds<L, projected_keys<S>> {
       for (index_t c = 0; c < tile_tokens; c += width)
         store(u + c, select_bits<A>(bits >> c, scores_.of_products(add(load(u + c), broadcast(base))),
                                     broadcast(page_ranker<A>::unseen)));
-      return;
+      return bits;
     }
     for (index_t c = 0; c < tile_tokens; ++c) {
       const double most = static_cast<double>(u[c]) + static_cast<double>(base);
       u[c] = (bits >> c & 1) == 0 ? page_ranker<A>::unseen
                                   : scores_.of(most, head.q_head_of(row), position, {first + c, first + c + 1});
     }
+    return bits;
   }
-  /// log2 sum 2^u of each of four panels, rounded up.
-  static void bound_panels(const A* u, A* bounds) noexcept {
-    for (index_t panel = 0; panel < tile_panels; ++panel, u += panel_tokens) {
+  /// bound(r, panel) = log2 sum 2^u of each panel of u [rows, 64], rounded up: beside the tile's largest u, and no less
+  /// than 2^-120 of that. (Sums of lanes many at a time: one by one they would take as long as products of 30
+  /// channels.)
+  template <class Bound>
+  static void bound_panels(const A* u, index_t rows, const std::array<std::uint64_t, block_rows>& seen,
+                           const Bound& bound) noexcept {
+    constexpr index_t most_panels = block_rows * tile_panels, all = ceil_div(most_panels, width) * width;
+    alignas(64) A lanes[all * width];
+    alignas(64) A sums[all];
+    std::array<A, block_rows> largest{};
+    for (index_t r = 0; r < rows; ++r, u += tile_tokens) {
       packet<A> most = load(u);
-      for (index_t c = width; c < panel_tokens; c += width) most = max_or_nan(load(u + c), most);
-      const A largest = max_lane<A>(most);
-      packet<A> sum = zeros<A>();
-      for (index_t c = 0; c < panel_tokens; c += width)
-        sum = add(sum, exp2_packet<A>(max_or_nan(sub(load(u + c), broadcast(largest)), broadcast(A{-120}))));
-      const A all = lane_sum<A>(sum);  // 1 to 16, NaN where a bound is
-      const bool hidden = largest == page_ranker<A>::unseen;
-      bounds[panel] = hidden ? largest : all >= A{1} ? largest + log2_above(all) : largest + all;
+      for (index_t c = width; c < tile_tokens; c += width) most = max_or_nan(load(u + c), most);
+      largest[static_cast<std::size_t>(r)] = max_lane<A>(most);
+      const packet<A> top = broadcast(largest[static_cast<std::size_t>(r)]);
+      for (index_t panel = 0; panel < tile_panels; ++panel) {
+        packet<A> sum = zeros<A>();
+        for (index_t c = panel * panel_tokens; c < (panel + 1) * panel_tokens; c += width)
+          sum = add(sum, exp2_packet<A>(max_or_nan(sub(load(u + c), top), broadcast(A{-120}))));
+        store(lanes + (r * tile_panels + panel) * width, sum);
+      }
+    }
+    const index_t panels = rows * tile_panels, padded = round_up(panels, width);
+    std::fill(lanes + panels * width, lanes + padded * width, A{0});
+    for (index_t n = 0; n < padded; n += width) store(sums + n, sum_lanes_each(lanes + n * width));
+    for (index_t n = 0; n < panels; ++n) {
+      const auto r = static_cast<std::size_t>(n / tile_panels);
+      const index_t panel = n % tile_panels;
+      const bool hidden = (seen[r] >> panel * panel_tokens & 0xffff) == 0;
+      bound(n / tile_panels, panel) = hidden ? page_ranker<A>::unseen : largest[r] + log2_above(sums[n]);
     }
   }
 

@@ -48,6 +48,7 @@ namespace gqa::detail {
 inline constexpr index_t panel_tokens = 16;
 inline constexpr index_t tile_tokens = 64;
 inline constexpr index_t tile_panels = tile_tokens / panel_tokens;
+inline constexpr std::uint32_t all_panels = (1U << tile_panels) - 1;  // of a tile, a bit each
 inline constexpr index_t value_block = 64;
 
 /// Rows of queries that meet a tile together: a multiple of the register block; its queries, scores and outputs (96 x

@@ -282,6 +282,9 @@ class tile_engine {
     const index_t end = std::min(tiles.end, w.whole.end);
     if (i >= end) return i;
     w.all_seen = true;
+    if constexpr (shows_panels<Variant>) {
+      if (t.members.size() == 1) return stream_panels(t, {i, end}, w, states), end;
+    }
     if constexpr (hides_blocks<Variant>) {
       if (!sees_intervals(t)) return stream_seen(t, {i, end}, w, states);
     }
@@ -372,6 +375,7 @@ class tile_engine {
  private:
   static constexpr std::uint64_t all_keys = ~std::uint64_t{0};
   static constexpr bool scattered = has_scattered_panels<Source>;
+  static constexpr reading own_reading = scattered ? reading::scattered : reading::in_order;  // of whole tiles
 
   /// Whether the interval rules alone decide what rows see. A variant may say so of some sequences of a batch, whose
   /// bits are then those of a call without it.
@@ -537,15 +541,66 @@ class tile_engine {
 
   void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
                    const raw_states<A>& states) const noexcept {
-    using kernels = stream_kernels<P, L, scattered ? reading::scattered : reading::in_order>;
+    stream_tile<own_reading>(t, tile, next, w, states);
+  }
+  template <reading How>
+  void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
+                   const raw_states<A>& states) const noexcept {
+    using kernels = stream_kernels<P, L, How>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
     block_operands<P, L> op = operands_of(tile, w, states);
-    if constexpr (scattered) op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels);
+    if constexpr (How == reading::scattered) op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels);
+    if constexpr (shows_panels<Variant>) {
+      op.panel_end = count_panels(tile);
+      for (index_t r = 0; r < t.rows && op.panel_end < tile_panels; ++r)
+        std::fill(op.s + r * tile_tokens + op.panel_end * panel_tokens, op.s + (r + 1) * tile_tokens,
+                  minus_infinity<A>);
+    }
     kernels::scores[rows](op);
     fetch_start(tile.v[0]);
     softmax_steps<L>(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::values[rows](op);
-    fetch_start(scattered ? next.k[0] : tile.next);
+    fetch_start(How == reading::scattered ? next.k[0] : tile.next);
+  }
+
+  /// Streams the panels that a variant shows of some key tiles, and leaves out the others, as if there were none: the
+  /// bits are those of a tile with the others hidden, for which zeros would be added.
+  void stream_panels(const row_tile& t, key_range tiles, workspace& w, const raw_states<A>& states) const {
+    const auto panels_of = variant_.panels_of(t.b(), problem_.first_head(t.g));
+    index_t i = tiles.begin;
+    std::uint32_t panels = 0;  // of tile i
+    const auto find_next = [&] {
+      while (i < tiles.end && (panels = panels_of(i)) == 0) ++i;
+      return i < tiles.end;
+    };
+    const auto follows = [&] {  // what is read next in memory, as far as this split knows
+      return panels == all_panels && (i + 1 == tiles.end || panels_of(i + 1) == all_panels);
+    };
+    while (find_next()) {
+      for (; i < tiles.end && follows(); ++i) {
+        const kv_tile<P> now = tile(t.b(), t.g, i, nullptr);
+        const bool looks = scattered && i + 1 < tiles.end;
+        stream_tile<own_reading>(t, now, looks ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
+      }
+      if (i == tiles.end) return;
+      const kv_tile<P> now = seen_of(tile(t.b(), t.g, i++, nullptr), panels);
+      const kv_tile<P> next = find_next() ? seen_of(tile(t.b(), t.g, i, nullptr), panels) : now;
+      stream_tile<reading::scattered>(t, now, next, w, states);
+    }
+  }
+  /// A tile's panels whose bits are set, side by side.
+  [[nodiscard]] static kv_tile<P> seen_of(const kv_tile<P>& tile, std::uint32_t panels) noexcept {
+    if (panels == all_panels) return tile;
+    kv_tile<P> seen;
+    for (std::size_t n = 0; panels != 0; ++n, panels &= panels - 1) {
+      const auto panel = static_cast<std::size_t>(std::countr_zero(panels));
+      seen.k[n] = tile.k[panel], seen.v[n] = tile.v[panel];
+    }
+    return seen;
+  }
+  /// Panels of a tile that may have fewer than four.
+  [[nodiscard]] static index_t count_panels(const kv_tile<P>& tile) noexcept {
+    return std::find(tile.k.begin(), tile.k.end(), nullptr) - tile.k.begin();
   }
 
   /// Streams the tiles that a variant shows all of, and leaves out those that it hides, up to the first of which it

@@ -396,7 +396,7 @@ struct stream_kernels {
 };
 
 /// The scores s [rows, 64] of up to 6 rows of queries in accumulators on a whole tile, and nothing else.
-template <class P>
+template <class P, reading How = reading::blocks>
 void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_stride, index_t head_dim, index_t rows,
                 accumulator_t<P>* s) noexcept {
   using A = accumulator_t<P>;
@@ -417,7 +417,12 @@ void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_str
                                 nullptr,
                                 nullptr,
                                 {{tile.k[0], 0}, {tile.v[0], 0}}};
-  row_block_kernels<P, A>::scores[static_cast<std::size_t>(rows - 1)](op);
+  const auto row = static_cast<std::size_t>(rows - 1);
+  if constexpr (How == reading::blocks) {
+    row_block_kernels<P, A>::scores[row](op);
+  } else {
+    stream_kernels<P, A, How>::scores[row](op);
+  }
 }
 
 }  // namespace GQA_ISA
