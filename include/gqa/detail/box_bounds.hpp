@@ -31,9 +31,11 @@ void multiply_bounds(const std::array<const B*, panel_tokens>& bounds, index_t c
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][panel_tokens * width];
   for (int r = 0; r < Rows; ++r) std::fill_n(lanes[r] + count * width, (panel_tokens - count) * width, A{0});
-  for (index_t n = 0; n < count; ++n)
-    dot_lanes<Rows>(bounds[static_cast<std::size_t>(n)], q, q_stride, length, lanes[0] + n * width,
-                    panel_tokens * width);
+  for (index_t n = 0; n < count; ++n) {
+    const B* const row = bounds[static_cast<std::size_t>(n)];
+    for (index_t byte = 0; byte < length * index_t{sizeof(B)}; byte += 64) prefetch<2>(row, read_ahead_bytes<B> + byte);
+    dot_lanes<Rows>(row, q, q_stride, length, lanes[0] + n * width, panel_tokens * width);
+  }
   for (int r = 0; r < Rows; ++r) {
     for (index_t n = 0; n < panel_tokens; n += width)
       store(u + r * panel_tokens + n, sum_lanes_each(lanes[r] + n * width));

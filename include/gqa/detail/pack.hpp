@@ -160,7 +160,16 @@ void values_of_keys(const P* keys, index_t value_dim, P* values) noexcept {
   using A = accumulator_t<P>;
   constexpr index_t width = packet_size<A>, p = lane_elements<P>;
   const index_t square_dim = width % p == 0 ? value_dim / width * width : 0;
-  for (index_t e = 0; e < square_dim; e += width) {
+  index_t pair_dim = 0;  // of what is transposed in pairs
+#if GQA_TRANSPOSES_PAIRS
+  if constexpr (p == 2) {
+    for (; pair_dim + 2 * panel_tokens <= value_dim; pair_dim += 2 * panel_tokens)
+      transpose_pairs(keys + key_index<P>(0, pair_dim),
+                      reinterpret_cast<std::uint16_t*>(values + value_index<P>(0, pair_dim, value_dim)),
+                      2 * std::min(value_block, padded_value_dim(value_dim) - pair_dim / value_block * value_block));
+  }
+#endif
+  for (index_t e = pair_dim; e < square_dim; e += width) {
     for (index_t t = 0; t < panel_tokens; t += width) {
       packet<A> square[width];
       GQA_UNROLL

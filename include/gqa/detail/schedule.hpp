@@ -159,7 +159,7 @@ class scheduler {
 
   /// Whether a source's tiles are made anew from memory already in their order, which costs less than packed ones would
   /// to write and read again.
-  static constexpr bool makes_tiles_in_cache = requires { requires Source::makes_tiles_in_cache; };
+  static constexpr bool makes_tiles_in_cache = tile_engine<Source, Variant, L>::makes_tiles_in_cache;
   /// Elements from one packed tile to the next; 0 if the source needs no room for them.
   [[nodiscard]] index_t slot_elements() const noexcept { return round_up(kv_.scratch_elements(), 64); }
   [[nodiscard]] index_t state_elements() const noexcept {

@@ -115,6 +115,7 @@ class tile_engine {
     kv.rows(index_t{}, index_t{}, index_t{});
     kv.ahead(index_t{}, group_visit{});
   };
+  static constexpr bool makes_tiles_in_cache = requires { requires Source::makes_tiles_in_cache; };
   static constexpr bool has_pages = requires(const Source& kv) { kv.pages_of(index_t{}); };
   static constexpr bool has_gaps = requires(const Source& kv) { kv.gone_tiles(index_t{}); };
   static_assert(!(has_pages && (has_rows || has_gaps)),
@@ -531,7 +532,7 @@ class tile_engine {
       for (index_t block = 0; block < blocks; ++block) {
         const index_t row = first_row(block), row_end = first_row(block + 1);
         move_to(row, row_end, w, states, op);
-        op.next = next_of(tile, next, block);
+        op.next = next_of(tile, next, block, blocks);
         f(row, row_end);
       }
     };
@@ -642,7 +643,8 @@ class tile_engine {
   }
 
   /// What row block `block` asks for of the next tile, until blocks before it have asked for all of it.
-  [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, const kv_tile<P>& next, index_t block) const noexcept {
+  [[nodiscard]] next_tile<P> next_of(const kv_tile<P>& tile, const kv_tile<P>& next, index_t block,
+                                     index_t blocks) const noexcept {
     const index_t keys = block * fetched_.keys, values = block * fetched_.values;
     if (keys >= fetched_.all_keys && values >= fetched_.all_values) return at_hand(tile);
     if constexpr (scattered) {
@@ -652,7 +654,10 @@ class tile_engine {
       };
       return {byte_of(next.k, fetched_.all_keys, keys), byte_of(next.v, fetched_.all_values, values)};
     } else {
-      return {{tile.next, keys}, {tile.next, fetched_.all_keys + values}};
+      // Where values are made of keys, there are only those in memory.
+      const index_t begin =
+          makes_tiles_in_cache ? std::min(blocks * fetched_.keys, fetched_.all_keys) : fetched_.all_keys;
+      return {{tile.next, keys}, {tile.next, begin + values}};
     }
   }
   /// Lines that are there already, which costs nothing.

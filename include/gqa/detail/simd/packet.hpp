@@ -260,6 +260,34 @@ inline void transpose_16x16(__m512 (&rows)[16]) noexcept {
 }
 #endif
 
+#if GQA_VNNI  // which has AVX512BW
+#define GQA_TRANSPOSES_PAIRS 1
+/// 16-bit elements from [16][16][2] to [8][32][2], rows of the latter `to_stride` elements apart: (i, t, j) goes to (t
+/// / 2, 2 i + j, t % 2). As 32-bit pairs: 80 shuffles, where as floats it would be twice 64 and as many conversions.
+inline void transpose_pairs(const void* from, std::uint16_t* to, index_t to_stride) noexcept {
+  __m512 rows[16];
+  GQA_UNROLL
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(static_cast<const float*>(from) + i * 16);
+  transpose_16x16(rows);
+  alignas(64) static constexpr std::uint16_t order[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  GQA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const __m512i places = _mm512_load_si512(order[half]);
+    GQA_UNROLL
+    for (int t = 0; t < 16; t += 2)
+      _mm512_storeu_si512(
+          to + t / 2 * to_stride + half * 32,
+          _mm512_permutex2var_epi16(_mm512_castps_si512(rows[t]), places, _mm512_castps_si512(rows[t + 1])));
+  }
+}
+#else
+#define GQA_TRANSPOSES_PAIRS 0
+#endif
+
 /// Transposes a square of packet_size<A> packets in registers.
 template <class A>
 inline void transpose(packet<A> (&rows)[packet_size<A>]) noexcept {
