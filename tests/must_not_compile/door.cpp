@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Calls that must not compile, one a CASE; case 0 is sound, so that no case fails for another's reason.
-#include <gqa/gqa.hpp>
+#include <gqa/attention.hpp>
+#include <gqa/eigen_tensor.hpp>
 
 using tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
 
