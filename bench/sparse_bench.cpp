@@ -194,7 +194,7 @@ void add_pages(const std::string& type, index_t keys, index_t bound_tokens, doub
       ->Unit(benchmark::kMillisecond);
 }
 
-// Decode of one token by projected_attention(), over keys whose n-th direction has a variance of 1 / n^2; rank 0: by
+// Decode of one token by projected_attention(), over keys whose n-th channel has a variance of 64 / n^2; rank 0: by
 // page_attention() with bounds of 16, over the same.
 template <class T>
 void run_projected(benchmark::State& state, index_t keys, index_t rank, double gap) {

@@ -92,7 +92,9 @@ void expect_bounds(const KV& kv, const projected_keys<S>& few, index_t keys, ind
     for (index_t d = 0; d < dim; ++d) k[d] = key_at(t, d), score += q[d] * k[d];
     const double size = q.norm() * (k.norm() + head.mean.norm());
     ASSERT_LE(score, most + 1e-13 * size) << t;
-    const double excess = rank < dim ? 1e9 : std::is_same_v<S, float> ? 0x1p-20 : 0x1p-6;
+    // Of full rank: what is added for the kernel's rounding, to both norms, and what rounding to bfloat16 leaves out.
+    const double rounding = 8 * static_cast<double>(2 * dim + 34) * 0x1p-23;
+    const double excess = rank < dim ? 1e9 : rounding + (std::is_same_v<S, float> ? 0x1p-20 : 0x1p-6);
     ASSERT_LE(most, score + excess * size) << t;
   }
 }
@@ -186,7 +188,7 @@ index_t expect_all_certified(unsigned options) {
 }
 TEST(ProjectedAttention, CertifiesWhatItDrops) {
   EXPECT_GT((expect_all_certified<float, float>(with_causal | with_sinks | with_lengths)), 10000);
-  EXPECT_GT((expect_all_certified<float, float>(with_causal | with_softcap | with_groups)), 5000);
+  EXPECT_GT((expect_all_certified<float, float>(with_causal | with_softcap | with_scale | with_groups)), 1000);
   EXPECT_GT((expect_all_certified<float, float>(with_causal | with_alibi | with_window)), 2000);
 }
 TEST(ProjectedAttention, CertifiesWhatItDropsOfOtherTypes) {
@@ -291,6 +293,47 @@ TEST(ProjectedAttention, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {
   for (index_t h = 2; h < 4; ++h) EXPECT_TRUE(std::isnan(seen.out[static_cast<std::size_t>(h * 16)]));
 }
 
+TEST(ProjectedAttention, ReadsWhatHasNoBound) {
+  context ctx;
+  for (const index_t place : {513, 530, 550, 567, 1984}) {  // in each panel of a tile; alone in the last tile
+    operands<float, float> in({{1, 1, 1985, 2, 1, 2, 4}, with_causal, layout::bshd, 1, 1});
+    std::fill(in.q.data().begin(), in.q.data().end(), 0.0F);
+    in.k.view()(0, place, 0, 0) = in.k.view()(0, place, 0, 1) = 3e38F;  // its norm is none: 0 times infinity
+    const auto cache = cache_of<float>(in);
+    const projected_keys<float> few(cache, {.rank = 1});
+    const auto r = run_projected(in, cache, few, {.epsilon = 0.001, .sink_tokens = 0, .window = 0}, ctx);
+    EXPECT_TRUE(std::binary_search(r.report.read[0].begin(), r.report.read[0].end(), place / 16)) << place;
+    const auto exact = run_over(in, cache, ctx);
+    for (std::size_t row = 0; row < r.lse.size(); ++row)
+      EXPECT_LE(-std::expm1(static_cast<double>(r.lse[row] - exact.lse[row])), r.report.rows[row].dropped + 1e-5);
+    in.k.view()(0, place, 0, 0) = std::numeric_limits<float>::quiet_NaN();
+    in.k.view()(0, 100, 0, 1) = std::numeric_limits<float>::quiet_NaN();
+    const auto unknown = cache_of<float>(in);
+    const auto budget = run_projected(in, unknown, projected_keys<float>(unknown, {.rank = 1}),
+                                      {.epsilon = 0, .sink_tokens = 0, .window = 0, .page_budget = 1}, ctx);
+    for (const index_t page : {index_t{100 / 16}, place / 16})
+      EXPECT_TRUE(std::binary_search(budget.report.read[0].begin(), budget.report.read[0].end(), page)) << place;
+  }
+}
+
+// Of 8 bits: a value that is no number, in any of the panels of a tile that are read.
+TEST(ProjectedAttention, LosesNoValueThatIsNoNumber) {
+  context ctx;
+  auto in = near_subspaces({{1, 1, 1000, 4, 1, 32, 32}, with_causal, layout::bshd, 1, 2}, 4, 0.02, 1);
+  in.options.float_products = false;
+  page_options o{.epsilon = 0, .sink_tokens = 0, .window = 0, .page_budget = 20};
+  const auto clean = cache_of<q8>(in);
+  const auto read = run_projected(in, clean, projected_keys<float>(clean, {.rank = 4}), o, ctx).report.read.front();
+  for (const index_t page : read) {
+    operands<float, float> poisoned(in.of);
+    poisoned.q = in.q, poisoned.k = in.k, poisoned.v = in.v, poisoned.options = in.options;
+    poisoned.v.view()(0, page * 16 + 3, 0, 5) = std::numeric_limits<float>::quiet_NaN();
+    const auto cache = cache_of<q8>(poisoned);
+    const auto r = run_projected(poisoned, cache, projected_keys<float>(cache, {.rank = 4}), o, ctx);
+    EXPECT_TRUE(std::any_of(r.out.begin(), r.out.end(), [](float x) { return std::isnan(x); })) << page;
+  }
+}
+
 TEST(ProjectedAttention, HasTheSameBitsOnAnyThreadsAndOverAnySource) {
   const auto in =
       near_subspaces({{2, 2, 1500, 8, 4, 16, 16}, with_causal | with_sinks, layout::bshd, 1, 3}, 3, 0.05, 6);
@@ -307,6 +350,32 @@ TEST(ProjectedAttention, HasTheSameBitsOnAnyThreadsAndOverAnySource) {
   const auto rows = run_projected(in, plain, projected_keys<float>(plain), {}, ctx);
   EXPECT_TRUE(rows.same_bits(one));
   EXPECT_EQ(rows.report.rows, one.report.rows);
+}
+
+// Few rows stream their panels, more meet tiles in which others are hidden: the same bits.
+template <class T>
+void expect_bits_of_hidden_panels() {
+  auto in = near_subspaces({{1, 1, 1500, 16, 1, 32, 32}, with_causal, layout::bshd, 1, 1}, 3, 0.05, 6);
+  for (index_t h = 4; h < 16; ++h)  // the same four rows again and again, which choose as four do
+    for (index_t d = 0; d < 32; ++d) in.q.view()(0, 0, h, d) = in.q.view()(0, 0, h % 4, d);
+  in.options.float_products = false;
+  operands<float, float> four({{1, 1, 1500, 4, 1, 32, 32}, with_causal, layout::bshd, 1, 1});
+  four.k = in.k, four.v = in.v, four.options.float_products = false;
+  std::copy_n(in.q.data().begin(), 4 * 32, four.q.data().begin());
+  const auto cache = cache_of<T>(in);
+  const projected_keys<float> few(cache, {.rank = 3});
+  context ctx;
+  const page_options o{.epsilon = 0, .page_budget = 40};
+  const auto hidden = run_projected(in, cache, few, o, ctx), streamed = run_projected(four, cache, few, o, ctx);
+  EXPECT_EQ(hidden.report.read, streamed.report.read);
+  EXPECT_LT(streamed.report.rows.front().read, streamed.report.rows.front().pages);
+  EXPECT_EQ(std::memcmp(hidden.out.data(), streamed.out.data(), streamed.out.size() * sizeof(float)), 0);
+  EXPECT_EQ(std::memcmp(hidden.lse.data(), streamed.lse.data(), streamed.lse.size() * sizeof(float)), 0);
+}
+TEST(ProjectedAttention, StreamsWithTheBitsOfHiddenPanels) {
+  expect_bits_of_hidden_panels<float>();
+  expect_bits_of_hidden_panels<Eigen::bfloat16>();
+  expect_bits_of_hidden_panels<q8>();
 }
 
 TEST(ProjectedAttention, RefusesWhatDoesNotFit) {

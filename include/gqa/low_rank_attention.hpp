@@ -33,7 +33,6 @@
 #include <gqa/error.hpp>
 #include <gqa/latent_kv_cache.hpp>
 #include <gqa/options.hpp>
-#include <gqa/projected_attention.hpp>  // IWYU pragma: export
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {

@@ -25,12 +25,12 @@
 #include <vector>
 
 #include <Eigen/Core>
-#include <Eigen/Eigenvalues>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/mixed.hpp>
 #include <gqa/detail/pack.hpp>
+#include <gqa/detail/principal_directions.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
@@ -46,24 +46,23 @@ struct projection_options {
 };
 
 namespace detail {
+inline namespace GQA_ISA {
 
 /// The keys of one KV head of a sequence, projected.
 template <class S>
-struct projected_head {
-  // In double, a row a direction: what is left out is then known well below the rounding of any score.
-  using matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  using row = Eigen::Matrix<double, 1, Eigen::Dynamic>;
+struct projected_head : principal_directions<double> {
+  std::vector<S> panels;  // [tile][panel of 16: r + 2 channels], as panels of keys (tile.hpp)
 
-  matrix directions;       // P [r, D], orthonormal
-  row mean;                // m [D]
-  double residual = 0;     // share of the sample's variance outside of the directions
-  std::vector<S> panels;   // [tile][panel of 16: r + 2 channels], as panels of keys (tile.hpp)
-  double largest_key = 0;  // norm of any key there has been
-
-  [[nodiscard]] index_t rank() const noexcept { return directions.rows(); }
   [[nodiscard]] index_t channels() const noexcept { return rank() + 2; }
 };
 
+/// What all products with a key of D elements, the kernel's and those of r + 2 channels, may round off in floats,
+/// beside |q| (|k| + |m|): chains of no more terms, each off by at most the unit roundoff of all that it has added up.
+[[nodiscard]] inline double rounding_of(index_t head_dim, index_t rank) noexcept {
+  return 4 * static_cast<double>(head_dim + rank + 34) * static_cast<double>(std::numeric_limits<float>::epsilon());
+}
+
+}  // namespace GQA_ISA
 }  // namespace detail
 
 inline namespace GQA_ISA {
@@ -97,11 +96,14 @@ class projected_keys {
   }
 
   /// Projects the tokens that have been appended to the source since. Directions stay as they are: of keys unlike those
-  /// that they were found for, more lies outside, and more of them are read.
-  /// \throws error  errc::shape for a source of other extents, errc::length for one that has fewer tokens of a sequence
+  /// that they were found for, more lies outside, and more of them are read. Tokens that are projected are taken to
+  /// stay what they are: where the source forgets some (truncate(); an erased sequence, whose place a new one may
+  /// take), so must this, by truncate(), before others are appended. \throws error  errc::shape for a source of other
+  /// extents, errc::length for one that has fewer tokens of a sequence
   ///                (truncate() first)
   template <kv_source KV>
   void update(const KV& kv) {
+    if (const auto f = kv.find_fault()) return detail::raise(f);
     if (const auto f = find_source_fault(kv, kv.batch())) return detail::raise(f);
     for (index_t b = 0; b < batch_; ++b) {
       if (kv.length(b) < length(b))
@@ -141,6 +143,11 @@ class projected_keys {
   /// Why a source is not that of these keys, as far as extents tell, in a call of so many sequences.
   template <class KV>
   [[nodiscard]] detail::fault find_source_fault(const KV& kv, index_t batch) const noexcept {
+    static_assert(
+        !requires { kv.gone_tiles(index_t{}); },
+        "gqa: projected_keys are of all keys of a sequence, of which a ring_kv_cache has dropped some");
+    static_assert(std::is_same_v<accumulator_t<typename KV::panel_element>, float>,
+                  "gqa: projected_keys are of keys of no more than 32 bits");
     if (batch == batch_ && kv.kv_heads() == kv_heads_ && kv.head_dim() == head_dim_) return {};
     return detail::make_fault(
         errc::shape, "kv: expected [%lld, T, %lld, %lld], as projected, got [%lld, T, %lld, %lld]",
@@ -155,10 +162,8 @@ class projected_keys {
  private:
   template <class KV>
   [[nodiscard]] static detail::fault find_fault(const KV& kv, const projection_options& options) noexcept {
-    static_assert(
-        !requires { kv.gone_tiles(index_t{}); },
-        "gqa: projected_keys are of all keys of a sequence, of which a ring_kv_cache has dropped some");
     if (const auto f = kv.find_fault()) return f;
+    if (const auto f = detail::find_least_fault("projected_keys", "kv.head_dim", 1, kv.head_dim())) return f;
     if (options.rank && (*options.rank < 0 || *options.rank > kv.head_dim()))
       return detail::make_fault(errc::option, "options.rank: expected 0 to %lld (the head dim), got %lld",
                                 detail::printable(kv.head_dim()), detail::printable(*options.rank));
@@ -203,20 +208,7 @@ class projected_keys {
         if (keys.row(t - first).allFinite()) sample.row(count++) = keys.row(t - first);
       }
     });
-    to.mean = count == 0 ? head::row::Zero(head_dim_).eval() : sample.topRows(count).colwise().mean().eval();
-    sample.topRows(count).rowwise() -= to.mean;
-    matrix covariance = matrix::Zero(head_dim_, head_dim_);
-    covariance.template selfadjointView<Eigen::Lower>().rankUpdate(sample.topRows(count).transpose());
-    const Eigen::SelfAdjointEigenSolver<matrix> solved(covariance);
-    const auto& variances = solved.eigenvalues();  // ascending
-    const double all = variances.cwiseMax(0.0).sum();
-    const auto share_outside = [&](index_t rank) {
-      return all > 0 ? variances.head(head_dim_ - rank).cwiseMax(0.0).sum() / all : 0.0;
-    };
-    index_t rank = options.rank.value_or(0);
-    while (!options.rank && rank < head_dim_ && share_outside(rank) > options.residual) ++rank;
-    to.residual = share_outside(rank);
-    to.directions = solved.eigenvectors().rightCols(rank).rowwise().reverse().transpose();
+    to.find(sample.topRows(count), options.rank, options.residual);
   }
 
   template <class KV>
@@ -226,31 +218,29 @@ class projected_keys {
     to.panels.resize(static_cast<std::size_t>(detail::ceil_div(kv.length(b), detail::tile_tokens) *
                                               detail::tile_panels * panel_elements),
                      S(0));
-    // What all of this may round off: chains of no more than D, r and 3 terms.
-    const double unit = std::numeric_limits<double>::epsilon() * static_cast<double>(head_dim_ + rank + 16);
-    matrix coordinates, stored, along;
-    for_each_tile(
-        kv, b, g, {lengths_[static_cast<std::size_t>(b)], kv.length(b)}, [&](index_t first, const matrix& keys) {
-          matrix rest = keys.rowwise() - to.mean;
-          coordinates.noalias() = rest * to.directions.transpose();
-          stored = coordinates.unaryExpr(
-              [](double x) { return static_cast<double>(static_cast<S>(static_cast<float>(x))); });
-          rest.noalias() -= stored * to.directions;
-          along.noalias() = rest * to.directions.transpose();
-          for (index_t t = 0; t < keys.rows(); ++t) {
-            const bool finite = keys.row(t).allFinite();
-            const double size = keys.row(t).norm() + to.mean.norm(), nothing = std::numeric_limits<double>::quiet_NaN();
-            if (finite) to.largest_key = std::max(to.largest_key, keys.row(t).norm());
-            S* const panel = to.panels.data() + (first + t) / detail::panel_tokens * panel_elements;
-            const auto put = [&](index_t d, double x) {
-              panel[detail::key_index<S>((first + t) % detail::panel_tokens, d)] =
-                  static_cast<S>(static_cast<float>(x));
-            };
-            for (index_t d = 0; d < rank; ++d) put(d, finite ? stored(t, d) : 0);
-            put(rank, finite ? rounded_up(rest.row(t).norm() + unit * size) : nothing);
-            put(rank + 1, finite ? rounded_up(along.row(t).norm() + unit * size) : nothing);
-          }
-        });
+    // In both norms, for |y| + |w| is no less than |q|.
+    const double rounding = detail::rounding_of(head_dim_, rank);
+    matrix coordinates, rest, along;
+    for_each_tile(kv, b, g, {lengths_[static_cast<std::size_t>(b)], kv.length(b)},
+                  [&](index_t first, const matrix& keys) {
+                    to.project(keys, coordinates, rest);
+                    coordinates = coordinates.unaryExpr(
+                        [](double x) { return static_cast<double>(static_cast<S>(static_cast<float>(x))); });
+                    to.leave_out(coordinates, rest, along);
+                    for (index_t t = 0; t < keys.rows(); ++t) {
+                      const bool finite = keys.row(t).allFinite();
+                      const double off = rounding * (keys.row(t).norm() + to.mean.norm());
+                      const double nothing = std::numeric_limits<double>::quiet_NaN();
+                      S* const panel = to.panels.data() + (first + t) / detail::panel_tokens * panel_elements;
+                      const auto put = [&](index_t d, double x) {
+                        panel[detail::key_index<S>((first + t) % detail::panel_tokens, d)] =
+                            static_cast<S>(static_cast<float>(x));
+                      };
+                      for (index_t d = 0; d < rank; ++d) put(d, finite ? coordinates(t, d) : 0);
+                      put(rank, finite ? rounded_up(rest.row(t).norm() + off) : nothing);
+                      put(rank + 1, finite ? rounded_up(along.row(t).norm() + off) : nothing);
+                    }
+                  });
   }
   /// A number that is no less than x >= 0 once it is an S: relative errors of rounding to it are at most 2^-24, 2^-9.
   [[nodiscard]] static double rounded_up(double x) noexcept {

@@ -5,16 +5,17 @@
 ///
 /// A page is 64 keys or 16 (page_reader.hpp). For each row r and page p the bounds of its keys give
 ///
-///     w_rp = sum over the page's bounds of n 2^(U - m_r),    U >= every score with one of the n keys, base 2
+///     w_rp = sum over the page's bounds of n 2^(U - m_r)
 ///
-/// (m_r: the largest U of the row; no less than 2^-120 n, for what is too small for a number is not nothing beside
-/// scores that all stay far below their bounds). With R_r the mass read so far, in the same unit, the unread rest is
-/// certified to be at most W / (W + R), W the sum of its w. Pages are ordered by the largest w_rp / R_r of any row, so
-/// that rows of a group choose together and each page is read once for all of them. Order is by eighths of a power of
-/// two, and by position among equals: a counting sort, for sorting would cost as much as bounds.
+/// U no less than any score, base 2, with one of the n keys of a bound, or, with n = 1, than the logarithm of the sum
+/// of 2^score of all of the page's keys (m_r: the largest U of the row; no less than 2^-120 n, for what is too small
+/// for a number is not nothing beside scores that all stay far below their bounds). With R_r the mass read so far, in
+/// the same unit, the unread rest is certified to be at most W / (W + R), W the sum of its w. Pages are ordered by the
+/// largest w_rp / R_r of any row, so that rows of a group choose together and each page is read once for all of them.
+/// Order is by eighths of a power of two, and by position among equals: a counting sort, for sorting would cost as much
+/// as bounds.
 ///
-/// Cost of R rows over P pages: 2 R P D multiply-adds for bounds of 64 keys (4 times as many for 16) and P bounds read,
-/// once; R P additions a round.
+/// Cost of R rows over P pages: R P powers, once, and R P additions a round.
 #pragma once
 
 #include <algorithm>
@@ -82,10 +83,10 @@ class page_ranker {
   /// U of row r and the n-th bounds, to be filled in; of pages that it does not see `unseen`.
   [[nodiscard]] A& bound(index_t r, index_t n) noexcept { return mass_[r * padded_bounds(shape_) + n]; }
 
-  /// Turns the bounds into masses: each is of so many keys, but the one numbered `last`, of `last_keys`. Pages with a
-  /// bound that is no number must be read: must_read(page).
+  /// Turns the bounds into masses, of so many keys each. Pages with a bound that is no number must be read:
+  /// must_read(page).
   template <class MustRead>
-  void weigh(index_t keys, index_t last, index_t last_keys, const MustRead& must_read) noexcept {
+  void weigh(index_t keys, const MustRead& must_read) noexcept {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     constexpr index_t width = packet_size<A>;
     const index_t bounds = shape_.pages * shape_.bounds_of_page, padded = padded_bounds(shape_);
@@ -110,12 +111,22 @@ class page_ranker {
         store(u + n, mass), sum = add(sum, mass);
       }
       total_[r] = lane_sum<A>(sum);
-      u[last] *= static_cast<A>(last_keys) / static_cast<A>(keys);
-      for (index_t page = 0; page < shape_.pages && shape_.bounds_of_page > 1; ++page)
-        u[page] = std::accumulate(u + page * shape_.bounds_of_page, u + (page + 1) * shape_.bounds_of_page, A{0});
     }
     std::iota(order_, order_ + shape_.pages, 0);
     unread_ = shape_.pages;
+  }
+  /// The n-th bounds are of `keys` keys, not of `all`.
+  void shrink(index_t n, index_t keys, index_t all) noexcept {
+    for (index_t r = 0; r < shape_.rows; ++r) bound(r, n) *= static_cast<A>(keys) / static_cast<A>(all);
+  }
+  /// From masses of bounds to those of pages.
+  void add_up() noexcept {
+    const index_t some = shape_.bounds_of_page;
+    for (index_t r = 0; r < shape_.rows && some > 1; ++r) {
+      A* const u = &bound(r, 0);
+      for (index_t page = 0; page < shape_.pages; ++page)
+        u[page] = std::accumulate(u + page * some, u + (page + 1) * some, A{0});
+    }
   }
   /// About what all of a row's pages may weigh.
   [[nodiscard]] double total(index_t r) const noexcept { return static_cast<double>(total_[r]); }

@@ -189,7 +189,9 @@ class page_reader {
     std::byte* rankers = memory == nullptr ? nullptr : memory + used;
     for (index_t n = 0; n < tasks(); ++n) {
       head_task measured{head_of(n / shape.kv_heads, n % shape.kv_heads), {}, {}, {}};
-      measured.pages = {measured.of.tiles.begin * pages_of_tile(), measured.of.tiles.end * pages_of_tile()};
+      const key_range tiles = measured.of.tiles;
+      measured.pages = {tiles.begin * pages_of_tile(),
+                        std::min(tiles.end * pages_of_tile(), ceil_div(measured.of.keys, page_tokens()))};
       const std::size_t own =
           measured.ranker.carve(rankers, {measured.of.rows, measured.pages.size(), bounds_.bounds_of_page()});
       used += own;
@@ -280,9 +282,7 @@ class page_reader {
       const index_t end = std::min(ceil_div(std::max<index_t>(some.end, 0), page_tokens()), t.pages.end);
       for (index_t page = begin; page < end; ++page) take(page - t.pages.begin);
     };
-    const index_t tokens = bounds_.keys_of_bound(), first = t.of.tiles.begin * tile_tokens / tokens;
-    const index_t last = std::min(ceil_div(t.of.keys, tokens), t.of.tiles.end * tile_tokens / tokens) - 1;
-    t.ranker.weigh(tokens, last - first, std::min(t.of.keys - last * tokens, tokens), take);
+    bounds_.weigh(t.of, t.ranker, take);
     take_keys({0, options_.sink_tokens});
     if (options_.window > 0) take_keys({t.of.offset - options_.window + 1, t.of.offset + problem_.shape.q_len});
     t.ranker.drop_taken();
@@ -389,7 +389,10 @@ void attend_pages(const Queries& q, const Source& kv, const From& from, const Ou
   if (const auto f = find_plain_fault(q, kv, out, options.attention)) return raise(f);
   if (const auto f = find_page_fault(options)) return raise(f);
   if (const auto f = find_fault()) return raise(f);
-  if (report != nullptr) *report = {};
+  if (report != nullptr) {
+    *report = {};
+    report->page_tokens = BoundsOf<accumulator_t<P>, From>::page_tokens();
+  }
   if (output_view(out).size() == 0) return;
   const auto run = [&]<class L>(std::type_identity<L>) {
     page_reader<L, Queries, Source, BoundsOf<L, From>>(q, kv, from, out, options, ctx).run(out, report);

@@ -4,9 +4,8 @@
 /// (projected_keys.hpp). For page_reader.hpp, which reads panels then.
 ///
 /// Each key has a bound U of its own, a product of length r + 2; a panel's is log2 sum 2^U, so that it is the panel's
-/// true log-sum-exp where keys lie in their subspace. R rows and T keys: R T (r + 2) multiply-adds, R T powers, and T
-/// (r
-/// + 2) elements read, once for up to 6 rows.
+/// true log-sum-exp where keys lie in their subspace. Cost: for each row and key r + 2 multiply-adds and a power, and r
+/// + 2 elements of each key read, once for up to 6 rows.
 #pragma once
 
 #include <algorithm>
@@ -65,8 +64,11 @@ class projected_bounds<L, projected_keys<S>> {
   static constexpr bool are_tight = true;  // whether scores are near them
   [[nodiscard]] static constexpr index_t page_tokens() noexcept { return panel_tokens; }
   [[nodiscard]] static constexpr index_t bounds_of_page() noexcept { return 1; }
-  /// A panel's bound is of all its keys together.
-  [[nodiscard]] static constexpr index_t keys_of_bound() noexcept { return 1; }
+  /// A panel's bound is of all its keys together. Panels with one that is no number must be read.
+  template <class MustRead>
+  static void weigh(const bounded_head&, page_ranker<A>& ranker, const MustRead& must_read) noexcept {
+    ranker.weigh(1, must_read);
+  }
   [[nodiscard]] double bytes_of(const bounded_head& head) const noexcept {
     const index_t elements = key_panel_elements<S>(keys_.of(head.b, head.g).channels());
     return static_cast<double>(head.tiles.size() * tile_panels * elements) * sizeof(S);
@@ -90,12 +92,10 @@ class projected_bounds<L, projected_keys<S>> {
       rest.noalias() -= y * of.directions.row(i);
       sum += y * y;
     }
-    // All products are at most size * reach; chains of no more terms than these.
-    const double reach = of.largest_key + of.mean.norm(), unit = score_bound<A, L>::unit;
-    const double terms = static_cast<double>(head_dim_ + of.channels() + 32);
-    to[of.rank()] = static_cast<A>((rest.norm() + terms * unit * size) * (1 + 2 * unit));
-    to[of.rank() + 1] = static_cast<A>(std::sqrt(sum) * (1 + terms * unit));
-    bases_[row] = static_cast<A>(at_mean + 4 * terms * unit * size * reach);
+    const double off = rounding_of(head_dim_, of.rank());
+    to[of.rank()] = static_cast<A>(rest.norm() + off * size);
+    to[of.rank() + 1] = static_cast<A>(std::sqrt(sum) * (1 + off));
+    bases_[row] = static_cast<A>(at_mean + off * size * of.mean.norm());
   }
 
   /// Upper bounds of what panels weigh for all rows of a head, base 2.
@@ -163,7 +163,8 @@ class projected_bounds<L, projected_keys<S>> {
       for (index_t panel = 0; panel < tile_panels; ++panel) {
         packet<A> sum = zeros<A>();
         for (index_t c = panel * panel_tokens; c < (panel + 1) * panel_tokens; c += width)
-          sum = add(sum, exp2_packet<A>(max_or_nan(sub(load(u + c), top), broadcast(A{-120}))));
+          sum = add(add(sum, sub(load(u + c), load(u + c))),  // NaN for good where a bound is, or is infinite
+                    exp2_packet<A>(max_or_nan(sub(load(u + c), top), broadcast(A{-120}))));
         store(lanes + (r * tile_panels + panel) * width, sum);
       }
     }
@@ -174,7 +175,8 @@ class projected_bounds<L, projected_keys<S>> {
       const auto r = static_cast<std::size_t>(n / tile_panels);
       const index_t panel = n % tile_panels;
       const bool hidden = (seen[r] >> panel * panel_tokens & 0xffff) == 0;
-      bound(n / tile_panels, panel) = hidden ? page_ranker<A>::unseen : largest[r] + log2_above(sums[n]);
+      const A sum = sums[n];
+      bound(n / tile_panels, panel) = hidden ? page_ranker<A>::unseen : sum == sum ? largest[r] + log2_above(sum) : sum;
     }
   }
 
@@ -183,7 +185,7 @@ class projected_bounds<L, projected_keys<S>> {
   index_t head_dim_, channels_ = 0;
   A* rows_ = nullptr;        // [rows, stride]
   double* rests_ = nullptr;  // [rows, D]
-  A* bases_ = nullptr;       // [rows]: x . m, and what may be rounded off
+  A* bases_ = nullptr;       // [rows]: x . m, rounded up
 };
 
 }  // namespace GQA_ISA

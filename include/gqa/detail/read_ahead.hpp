@@ -54,21 +54,26 @@ struct panels_ahead {
   std::array<index_t, tile_panels> k, v;
 };
 
-/// To the panels, of this tile or the next, that are read some read_ahead_bytes later.
+/// To the panels, of this tile or the next, that are read some read_ahead_bytes later. Of both the first so many are
+/// read.
 template <class P>
-[[nodiscard]] panels_ahead find_panels_ahead(const kv_tile<P>& tile, const kv_tile<P>& next,
-                                             index_t panel_bytes) noexcept {
-  constexpr auto count = static_cast<std::size_t>(tile_panels);
-  std::array<const P*, 4 * count> in_order;
+[[nodiscard]] panels_ahead find_panels_ahead(const kv_tile<P>& tile, const kv_tile<P>& next, index_t panel_bytes,
+                                             index_t panels = tile_panels, index_t next_panels = tile_panels) noexcept {
+  std::array<const P*, static_cast<std::size_t>(4 * tile_panels)> in_order{};
   auto* to = in_order.data();
-  for (const auto* const panels : {&tile.k, &tile.v, &next.k, &next.v}) to = std::copy_n(panels->data(), count, to);
-  const auto later =
-      static_cast<std::size_t>(std::clamp<index_t>(read_ahead_bytes<P> / panel_bytes, 1, 2 * tile_panels));
-  const auto bytes_from = [&](std::size_t n) {
-    return reinterpret_cast<std::intptr_t>(in_order[n + later]) - reinterpret_cast<std::intptr_t>(in_order[n]);
+  for (const auto* const some : {&tile.k, &tile.v}) to = std::copy_n(some->data(), panels, to);
+  for (const auto* const some : {&next.k, &next.v}) to = std::copy_n(some->data(), next_panels, to);
+  const index_t later = std::clamp<index_t>(read_ahead_bytes<P> / panel_bytes, 1, 2 * tile_panels);
+  const auto bytes_from = [&](index_t n) {
+    const index_t then = std::min(n + later, 2 * (panels + next_panels) - 1);
+    return reinterpret_cast<std::intptr_t>(in_order[static_cast<std::size_t>(then)]) -
+           reinterpret_cast<std::intptr_t>(in_order[static_cast<std::size_t>(n)]);
   };
-  panels_ahead ahead;
-  for (std::size_t n = 0; n < count; ++n) ahead.k[n] = bytes_from(n), ahead.v[n] = bytes_from(n + count);
+  panels_ahead ahead{};
+  for (index_t n = 0; n < panels; ++n) {
+    ahead.k[static_cast<std::size_t>(n)] = bytes_from(n);
+    ahead.v[static_cast<std::size_t>(n)] = bytes_from(panels + n);
+  }
   return ahead;
 }
 

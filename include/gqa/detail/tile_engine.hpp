@@ -544,21 +544,25 @@ class tile_engine {
                    const raw_states<A>& states) const noexcept {
     stream_tile<own_reading>(t, tile, next, w, states);
   }
+  /// The same of panels in some slots of a tile: those whose bits are set. Others before the last one are computed, and
+  /// hidden.
   template <reading How>
   void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
-                   const raw_states<A>& states) const noexcept {
+                   const raw_states<A>& states, std::uint32_t slots = all_panels,
+                   std::uint32_t next_slots = all_panels) const noexcept {
     using kernels = stream_kernels<P, L, How>;
     const auto rows = static_cast<std::size_t>(t.rows - 1);
     block_operands<P, L> op = operands_of(tile, w, states);
-    if constexpr (How == reading::scattered) op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels);
-    if constexpr (shows_panels<Variant>) {
-      op.panel_end = count_panels(tile);
-      for (index_t r = 0; r < t.rows && op.panel_end < tile_panels; ++r)
-        std::fill(op.s + r * tile_tokens + op.panel_end * panel_tokens, op.s + (r + 1) * tile_tokens,
-                  minus_infinity<A>);
-    }
+    op.panel_end = std::bit_width(slots);
+    if constexpr (How == reading::scattered)
+      op.ahead = find_panels_ahead(tile, next, fetched_.all_keys / tile_panels, op.panel_end,
+                                   index_t{std::bit_width(next_slots)});
     kernels::scores[rows](op);
     fetch_start(tile.v[0]);
+    for (std::uint32_t left = all_panels & ~slots; left != 0; left &= left - 1) {
+      A* const hidden = op.s + std::countr_zero(left) * panel_tokens;
+      for (index_t r = 0; r < t.rows; ++r) std::fill_n(hidden + r * tile_tokens, panel_tokens, minus_infinity<A>);
+    }
     softmax_steps<L>(t.rows, op.s, w.p, states.max, w.lanes, w.alpha);
     kernels::values[rows](op);
     fetch_start(How == reading::scattered ? next.k[0] : tile.next);
@@ -584,24 +588,29 @@ class tile_engine {
         stream_tile<own_reading>(t, now, looks ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
       }
       if (i == tiles.end) return;
-      const kv_tile<P> now = seen_of(tile(t.b(), t.g, i++, nullptr), panels);
-      const kv_tile<P> next = find_next() ? seen_of(tile(t.b(), t.g, i, nullptr), panels) : now;
-      stream_tile<reading::scattered>(t, now, next, w, states);
+      const seen_panels now = seen_of(tile(t.b(), t.g, i++, nullptr), panels);
+      const seen_panels next = find_next() ? seen_of(tile(t.b(), t.g, i, nullptr), panels) : now;
+      stream_tile<reading::scattered>(t, now.tile, next.tile, w, states, now.slots, next.slots);
     }
   }
-  /// A tile's panels whose bits are set, side by side.
-  [[nodiscard]] static kv_tile<P> seen_of(const kv_tile<P>& tile, std::uint32_t panels) noexcept {
-    if (panels == all_panels) return tile;
-    kv_tile<P> seen;
-    for (std::size_t n = 0; panels != 0; ++n, panels &= panels - 1) {
+  /// Some panels of a tile, in slots as near to its front as their sums allow: where weights are summed in lanes, those
+  /// of even panels meet each other, and those of odd ones. A slot between has a panel that is read anyway.
+  struct seen_panels {
+    kv_tile<P> tile;
+    std::uint32_t slots = 0;
+  };
+  [[nodiscard]] static seen_panels seen_of(const kv_tile<P>& tile, std::uint32_t panels) noexcept {
+    if (panels == all_panels) return {tile, all_panels};
+    seen_panels seen;
+    for (std::size_t slot = 0; panels != 0; ++slot) {
       const auto panel = static_cast<std::size_t>(std::countr_zero(panels));
-      seen.k[n] = tile.k[panel], seen.v[n] = tile.v[panel];
+      seen.tile.k[slot] = tile.k[panel], seen.tile.v[slot] = tile.v[panel];
+      seen.tile.nonfinite_values |= (tile.nonfinite_values >> panel & 1) << slot;
+      if (sums_in_lanes<L> && slot % 2 != panel % 2) continue;
+      seen.slots |= std::uint32_t{1} << slot;
+      panels &= panels - 1;
     }
     return seen;
-  }
-  /// Panels of a tile that may have fewer than four.
-  [[nodiscard]] static index_t count_panels(const kv_tile<P>& tile) noexcept {
-    return std::find(tile.k.begin(), tile.k.end(), nullptr) - tile.k.begin();
   }
 
   /// Streams the tiles that a variant shows all of, and leaves out those that it hides, up to the first of which it
