@@ -78,7 +78,7 @@ TEST(LocalMasks, SayOfBlocksAndBoundsWhatTheySayOfPairs) {
   const index_t length = 250;
   for_each_mask(length, [&](const std::string& name, const auto& mask, const definition& sees) {
     int none = 0, all = 0;
-    for (int round = 0; round < 300; ++round) {
+    for (int round = 0; round < 160; ++round) {
       const index_t q = random.between(-70, length + 70), queries = random.between(1, 40);
       const index_t k = random.between(0, length - 1), keys = random.between(1, std::min<index_t>(length - k, 64));
       index_t seen = 0;

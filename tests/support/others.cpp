@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define GQA_TEST_OTHER template
+#include "kernels.hpp"
