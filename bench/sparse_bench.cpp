@@ -88,7 +88,7 @@ void add_block_sparse(const std::string& type, index_t length, index_t q_heads, 
   add("random_0.1_of_heads_blocks_128", random(0.1));
 }
 
-// What page_attention() and its like take beside exact attention: call(out, report) is one of theirs.
+// What page_attention() and its like take beside exact attention: call(out, report, ctx) is one of theirs.
 template <class T, class Call>
 void measure_pages(benchmark::State& state, const tensor<T>& q, const kv_cache<T>& kv, const attention_options& options,
                    const Call& call) {
@@ -128,108 +128,88 @@ struct decode_shape {
   static constexpr index_t q_heads = 32, kv_heads = 8, group = q_heads / kv_heads, dim = 128;
 };
 
-// Numbers about which a KV head's four rows of queries lie, in channels of the sizes given; [8, 128].
+// One query a head, those of a KV head alike, and keys of normal numbers, of the given sizes in their channels, of
+// which eight a KV head score `gap` nats above the rest; with bounds, unless of 0 tokens.
 template <class T>
-std::vector<double> draw_queries(test::rng& random, const std::vector<double>& sizes, tensor<T>& q) {
-  using s = decode_shape;
-  std::vector<double> about(s::kv_heads * s::dim);
-  for (std::size_t i = 0; i < about.size(); ++i) about[i] = sizes[i % s::dim] * random.normal();
-  for (index_t h = 0; h < s::q_heads; ++h)
-    for (index_t d = 0; d < s::dim; ++d)
-      q.view()(0, 0, h, d) =
-          static_cast<T>(static_cast<float>(about[static_cast<std::size_t>(h / s::group * s::dim + d)] +
-                                            0.1 * sizes[static_cast<std::size_t>(d)] * random.normal()));
-  return about;
-}
-// Keys of normal numbers of the sizes given, of which eight a KV head score `gap` nats above the rest for its rows.
-template <class T>
-void fill_with_needles(test::rng& random, const std::vector<double>& sizes, const std::vector<double>& about,
-                       double gap, index_t keys, kv_cache<T>& kv) {
-  using s = decode_shape;
-  constexpr index_t together = 1024;
-  tensor<float> k({1, together, s::kv_heads, s::dim}, layout::bshd),
-      v({1, together, s::kv_heads, s::dim}, layout::bshd);
-  for (index_t first = 0; first < keys; first += together) {
-    for (std::size_t i = 0; i < k.data().size(); ++i)
-      k.data()[i] = static_cast<float>(sizes[i % s::dim] * random.normal());
-    for (auto& x : v.data()) x = static_cast<float>(random.normal());
-    for (index_t g = 0; g < s::kv_heads && first % (keys / 8) == 0; ++g) {
-      const double* const direction = about.data() + g * s::dim;
-      double norm = 0;
-      for (index_t d = 0; d < s::dim; ++d) norm += direction[d] * direction[d];
-      for (index_t d = 0; d < s::dim; ++d)
-        k.view()(0, 64 * g + 7, g, d) +=
-            static_cast<float>(direction[d] * gap * std::sqrt(static_cast<double>(s::dim)) / norm);
+struct decode_operands : decode_shape {
+  tensor<T> q{{1, 1, q_heads, dim}, layout::bshd};
+  kv_cache<T> kv;
+
+  decode_operands(index_t keys, index_t bound_tokens, double gap, const std::vector<double>& sizes, std::uint64_t seed)
+      : kv(1, kv_heads, keys, dim, dim, std::pmr::get_default_resource()) {
+    test::rng random(seed);
+    if (bound_tokens > 0) kv.keep_key_bounds(bound_tokens, std::pmr::get_default_resource());
+    std::vector<double> about(kv_heads * dim);
+    for (double& x : about) x = random.normal();
+    for (index_t h = 0; h < q_heads; ++h)
+      for (index_t d = 0; d < dim; ++d)
+        q.view()(0, 0, h, d) = static_cast<T>(
+            static_cast<float>(about[static_cast<std::size_t>(h / group * dim + d)] + 0.1 * random.normal()));
+    constexpr index_t together = 1024;
+    tensor<float> k({1, together, kv_heads, dim}, layout::bshd), v({1, together, kv_heads, dim}, layout::bshd);
+    for (index_t first = 0; first < keys; first += together) {
+      for (std::size_t i = 0; i < k.data().size(); ++i)
+        k.data()[i] = static_cast<float>(sizes[i % dim] * random.normal());
+      for (auto& x : v.data()) x = static_cast<float>(random.normal());
+      for (index_t g = 0; g < kv_heads && first % (keys / 8) == 0; ++g) {
+        const double* const direction = about.data() + g * dim;
+        double norm = 0;
+        for (index_t d = 0; d < dim; ++d) norm += direction[d] * direction[d];
+        for (index_t d = 0; d < dim; ++d)
+          k.view()(0, 64 * g + 7, g, d) +=
+              static_cast<float>(direction[d] * gap * std::sqrt(static_cast<double>(dim)) / norm);
+      }
+      kv.append(k.view(), v.view());
     }
-    kv.append(k.view(), v.view());
   }
-}
+};
 
-// Decode of one token by page_attention(), over keys without any order.
+// Decode of one token by page_attention().
 template <class T>
-void run_pages(benchmark::State& state, index_t keys, index_t bound_tokens, double gap, double epsilon) {
-  using s = decode_shape;
-  test::rng random(11);
-  tensor<T> q({1, 1, s::q_heads, s::dim}, layout::bshd);
-  const std::vector<double> sizes(s::dim, 1.0);
-  const auto about = draw_queries(random, sizes, q);
-  kv_cache<T> kv(1, s::kv_heads, keys, s::dim, s::dim, std::pmr::get_default_resource());
-  kv.keep_key_bounds(bound_tokens, std::pmr::get_default_resource());
-  fill_with_needles(random, sizes, about, gap, keys, kv);
-  page_options options{.epsilon = epsilon};
-  options.attention.causal = true;
-  measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
-    page_attention(q.view(), kv, out, options, ctx, &report);
-  });
-}
-
-template <class T>
-void add_pages(const std::string& type, index_t keys, index_t bound_tokens, double gap, int rounds = 21) {
-  const std::string name = "pages/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
-                           std::to_string(keys) + "h32g8d128/bounds" + std::to_string(bound_tokens) + "/t1";
-  benchmark::RegisterBenchmark(name.c_str(),
-                               [=](benchmark::State& state) { run_pages<T>(state, keys, bound_tokens, gap, 0.01); })
-      ->Iterations(rounds)
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
-}
-
-// Decode of one token by projected_attention(), over keys whose n-th channel has a variance of 64 / n^2; rank 0: by
-// page_attention() with bounds of 16, over the same.
-template <class T>
-void run_projected(benchmark::State& state, index_t keys, index_t rank, double gap) {
-  using s = decode_shape;
-  test::rng random(12);
-  std::vector<double> sizes;
-  for (index_t d = 0; d < s::dim; ++d) sizes.push_back(8.0 / static_cast<double>(d + 1));
-  tensor<T> q({1, 1, s::q_heads, s::dim}, layout::bshd);
-  const auto about = draw_queries(random, std::vector<double>(s::dim, 1.0), q);
-  kv_cache<T> kv(1, s::kv_heads, keys, s::dim, s::dim, std::pmr::get_default_resource());
-  if (rank == 0) kv.keep_key_bounds(16, std::pmr::get_default_resource());
-  fill_with_needles(random, sizes, about, gap, keys, kv);
+void run_pages(benchmark::State& state, const decode_operands<T>& in) {
   page_options options;
   options.attention.causal = true;
-  if (rank == 0) {
-    measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
-      page_attention(q.view(), kv, out, options, ctx, &report);
-    });
-    return;
-  }
-  const projected_keys<Eigen::bfloat16> few(kv, {.rank = rank});
-  measure_pages(state, q, kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
-    projected_attention(q.view(), kv, few, out, options, ctx, &report);
+  measure_pages(state, in.q, in.kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
+    page_attention(in.q.view(), in.kv, out, options, ctx, &report);
+  });
+}
+// The same by projected_attention().
+template <class T>
+void run_projected(benchmark::State& state, const decode_operands<T>& in, index_t rank) {
+  page_options options;
+  options.attention.causal = true;
+  const projected_keys<Eigen::bfloat16> few(in.kv, {.rank = rank});
+  measure_pages(state, in.q, in.kv, options.attention, [&](const auto& out, page_report& report, context& ctx) {
+    projected_attention(in.q.view(), in.kv, few, out, options, ctx, &report);
   });
   state.counters["residual"] = few.residual(0, 0);
 }
+
+template <class Run>
+void add_decode(const std::string& family, double gap, const std::string& type, index_t keys, const std::string& how,
+                int rounds, const Run& run) {
+  const std::string name = family + "/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
+                           std::to_string(keys) + "h32g8d128/" + how + "/t1";
+  benchmark::RegisterBenchmark(name.c_str(), run)->Iterations(rounds)->UseManualTime()->Unit(benchmark::kMillisecond);
+}
+// Over keys without any order.
+template <class T>
+void add_pages(const std::string& type, index_t keys, index_t bound_tokens, double gap, int rounds = 21) {
+  add_decode("pages", gap, type, keys, "bounds" + std::to_string(bound_tokens), rounds, [=](benchmark::State& state) {
+    run_pages<T>(state, {keys, bound_tokens, gap, std::vector<double>(decode_shape::dim, 1.0), 11});
+  });
+}
+// Over keys whose n-th channel has a variance of 64 / n^2; rank 0: by page_attention() with bounds of 16.
 template <class T>
 void add_projected(const std::string& type, index_t keys, index_t rank, double gap, int rounds = 15) {
-  const std::string name = "projected/gap" + std::to_string(static_cast<int>(gap)) + "/" + type + "/t" +
-                           std::to_string(keys) + "h32g8d128/" +
-                           (rank == 0 ? "boxes16" : "rank" + std::to_string(rank)) + "/t1";
-  benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { run_projected<T>(state, keys, rank, gap); })
-      ->Iterations(rounds)
-      ->UseManualTime()
-      ->Unit(benchmark::kMillisecond);
+  std::vector<double> sizes;
+  for (index_t n = 1; n <= decode_shape::dim; ++n) sizes.push_back(8.0 / static_cast<double>(n));
+  const bool boxes = rank == 0;
+  add_decode("projected", gap, type, keys, boxes ? "boxes16" : "rank" + std::to_string(rank), rounds,
+             [=](benchmark::State& state) {
+               const decode_operands<T> in(keys, boxes ? 16 : 0, gap, sizes, 12);
+               boxes ? run_pages(state, in) : run_projected(state, in, rank);
+             });
 }
 
 // Decode of one token over latent vectors of 512 + 64 (DeepSeek-V2), absorbed. of_limit: the time that reading each

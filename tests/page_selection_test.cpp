@@ -20,27 +20,11 @@
 namespace gqa::test {
 namespace {
 
-template <class T>
-kv_cache<T> cache_of(const operands<float, float>& in, index_t bound_tokens) {
-  const auto& n = in.of.shape;
-  kv_cache<T> cache(n.b, n.g, n.t, n.d, n.e);
-  if (bound_tokens > 0) cache.keep_key_bounds(bound_tokens);
-  cache.append(in.k.view(), in.v.view());
-  return cache;
-}
-
 template <class KV>
-paged_result run_pages(const operands<float, float>& in, const KV& kv, page_options o, context& ctx) {
-  const auto& n = in.of.shape;
-  paged_result r;
-  r.out.assign(static_cast<std::size_t>(n.b * n.s * n.h * n.e), std::numeric_limits<float>::quiet_NaN());
-  r.lse.assign(static_cast<std::size_t>(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
-  o.attention = in.options;
-  page_attention(in.q.view(), kv,
-                 partial_state<float>{tensor_view<float, 4>(r.out.data(), {n.b, n.s, n.h, n.e}),
-                                      tensor_view<float, 3>(r.lse.data(), {n.b, n.s, n.h})},
-                 o, ctx, &r.report);
-  return r;
+paged_result run_pages(const operands<float, float>& in, const KV& kv, const page_options& options, context& ctx) {
+  return run_paged(in, options, [&](const auto& out, const page_options& o, page_report* report) {
+    page_attention(in.q.view(), kv, out, o, ctx, report);
+  });
 }
 
 TEST(PageSelection, OfAllPagesIsExactAttention) {

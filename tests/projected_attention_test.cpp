@@ -44,27 +44,12 @@ operands<float, float> near_subspaces(const attention_case& c, index_t rank, dou
   return in;
 }
 
-template <class T>
-kv_cache<T> cache_of(const operands<float, float>& in) {
-  const auto& n = in.of.shape;
-  kv_cache<T> cache(n.b, n.g, n.t, n.d, n.e);
-  cache.append(in.k.view(), in.v.view());
-  return cache;
-}
-
 template <class KV, class S>
-paged_result run_projected(const operands<float, float>& in, const KV& kv, const projected_keys<S>& few, page_options o,
-                           context& ctx) {
-  const auto& n = in.of.shape;
-  paged_result r;
-  r.out.assign(static_cast<std::size_t>(n.b * n.s * n.h * n.e), std::numeric_limits<float>::quiet_NaN());
-  r.lse.assign(static_cast<std::size_t>(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
-  o.attention = in.options;
-  projected_attention(in.q.view(), kv, few,
-                      partial_state<float>{tensor_view<float, 4>(r.out.data(), {n.b, n.s, n.h, n.e}),
-                                           tensor_view<float, 3>(r.lse.data(), {n.b, n.s, n.h})},
-                      o, ctx, &r.report);
-  return r;
+paged_result run_projected(const operands<float, float>& in, const KV& kv, const projected_keys<S>& few,
+                           const page_options& options, context& ctx) {
+  return run_paged(in, options, [&](const auto& out, const page_options& o, page_report* report) {
+    projected_attention(in.q.view(), kv, few, out, o, ctx, report);
+  });
 }
 
 // Channel d of a key as projected: its coordinates, |e| and |P e|.
@@ -263,6 +248,33 @@ TEST(ProjectedAttention, ReadsFewPagesWhereSingleKeysStandOut) {
     EXPECT_LE(r.report.rows[row].dropped, 0.01);
     EXPECT_LE(-std::expm1(static_cast<double>(r.lse[row] - exact.lse[row])), r.report.rows[row].dropped + 1e-5);
   }
+}
+
+// Two keys score by what lies outside of the directions: the one that is left out is in the certificate.
+TEST(ProjectedAttention, BoundsWhatLiesOutsideOfItsDirections) {
+  const index_t dim = 32, before = 1600;
+  auto in = near_subspaces({{1, 1, before + 32, 1, 1, dim, 8}, with_causal, layout::bshd, 1, 1}, 3, 0.01, 1);
+  kv_cache<float> cache(1, 1, before + 32, dim, 8);
+  cache.append(slice(in.k.view(), 1, 0, before), slice(in.v.view(), 1, 0, before));
+  projected_keys<float> few(cache, {.rank = 3});
+  Eigen::RowVectorXd outside = Eigen::RowVectorXd::Ones(dim);
+  outside -= outside * few.of(0, 0).directions.transpose() * few.of(0, 0).directions;
+  outside /= outside.norm();
+  for (index_t d = 0; d < dim; ++d) {
+    in.q.view()(0, 0, 0, d) = static_cast<float>(std::sqrt(static_cast<double>(dim)) * outside[d]);
+    in.k.view()(0, before + 5, 0, d) += static_cast<float>(12 * outside[d]);  // nats above the others
+    in.k.view()(0, before + 25, 0, d) += static_cast<float>(9 * outside[d]);
+  }
+  cache.append(slice(in.k.view(), 1, before, 32), slice(in.v.view(), 1, before, 32));
+  few.update(cache);
+  context ctx;
+  const auto exact = run_over(in, cache, ctx);
+  const page_options one{.epsilon = 0, .sink_tokens = 0, .window = 0, .page_budget = 1};
+  const auto r = run_projected(in, cache, few, one, ctx);
+  EXPECT_EQ(r.report.read.front(), std::vector<index_t>{before / 16});
+  const double dropped = -std::expm1(static_cast<double>(r.lse[0]) - static_cast<double>(exact.lse[0]));
+  EXPECT_GT(dropped, 0.04);
+  EXPECT_LE(dropped, r.report.rows.front().dropped);
 }
 
 TEST(ProjectedAttention, KeepsOutWhatItDoesNotReadAndReadsWhatItMust) {

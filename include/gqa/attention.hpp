@@ -64,6 +64,16 @@ template <class Out>
   }
 }
 
+/// An output as calls take it: a state, or a view.
+template <class Out>
+[[nodiscard]] auto as_output(Out&& out) {
+  if constexpr (output_state<Out>) {
+    return out;
+  } else {
+    return as_view(std::forward<Out>(out));
+  }
+}
+
 template <class Q, class Stored>
 concept query_element_for = (storable<Q> && std::is_same_v<Q, Stored>) ||
                             (std::is_same_v<Q, float> && sixteen_bit_float<Stored>) ||
@@ -275,23 +285,14 @@ inline namespace GQA_ISA {
 template <detail::turnable Q, kv_source KV, detail::attention_output Out, attention_variant Variant>
 void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, const Variant& variant, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  if constexpr (detail::output_state<Out>) {
-    detail::attend(queries, kv, out, options, variant, ctx);
-  } else {
-    detail::attend(queries, kv, detail::as_view(std::forward<Out>(out)), options, variant, ctx);
-  }
+  detail::attend(queries, kv, detail::as_output(std::forward<Out>(out)), options, variant, ctx);
 }
 
 /// The same without a variant.
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 void attention(Q&& q, const KV& kv, Out&& out, const attention_options& options, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  constexpr detail::no_variant none;
-  if constexpr (detail::output_state<Out>) {
-    detail::attend(queries, kv, out, options, none, ctx);
-  } else {
-    detail::attend(queries, kv, detail::as_view(std::forward<Out>(out)), options, none, ctx);
-  }
+  detail::attend(queries, kv, detail::as_output(std::forward<Out>(out)), options, detail::no_variant{}, ctx);
 }
 
 /// On the calling thread.
@@ -322,11 +323,7 @@ void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options 
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 [[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) noexcept {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  if constexpr (detail::output_state<Out>) {
-    return detail::find_plain_fault(queries, kv, out, options).code;
-  } else {
-    return detail::find_plain_fault(queries, kv, detail::as_view(std::forward<Out>(out)), options).code;
-  }
+  return detail::find_plain_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options).code;
 }
 
 template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>

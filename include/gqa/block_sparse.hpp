@@ -371,11 +371,7 @@ template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 void block_sparse_attention(Q&& q, const KV& kv, Out&& out, const block_sparse_mask& mask,
                             const attention_options& options, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  if constexpr (detail::output_state<Out>) {
-    detail::attend_by_lists(queries, kv, out, mask, options, ctx);
-  } else {
-    detail::attend_by_lists(queries, kv, detail::as_view(std::forward<Out>(out)), mask, options, ctx);
-  }
+  detail::attend_by_lists(queries, kv, detail::as_output(std::forward<Out>(out)), mask, options, ctx);
 }
 
 }  // namespace GQA_ISA

@@ -102,11 +102,7 @@ void grouped_attention(Q&& q, const KV& kv, Out&& out, const grouped_options& op
                        grouped_report* report = nullptr) {
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
-  if constexpr (detail::output_state<Out>) {
-    detail::attend_grouped(queries, kv, out, options, ctx, report);
-  } else {
-    detail::attend_grouped(queries, kv, detail::as_view(std::forward<Out>(out)), options, ctx, report);
-  }
+  detail::attend_grouped(queries, kv, detail::as_output(std::forward<Out>(out)), options, ctx, report);
 }
 
 /// The same over plain keys k [B, T, G, D] and values v [B, T, G, E].

@@ -27,17 +27,16 @@ struct page_options {
 struct page_row {
   double dropped = 0;  ///< no more of its mass than this is in pages that were not read: the certificate
   index_t read = 0;    ///< pages that were read for it and its group,
-  index_t pages = 0;   ///< of those that some of these rows see
+  index_t pages = 0;   ///< of those in key tiles that some of these rows see
 
   [[nodiscard]] friend bool operator==(const page_row&, const page_row&) = default;
 };
 
 struct page_report {
-  index_t page_tokens = 64;    ///< keys of a page: 64, of projected_attention() 16
-  std::vector<page_row> rows;  ///< [B, S, H]
-  std::vector<std::vector<index_t>>
-      read;            ///< [B, G]: pages that were read of a KV head, ascending, by key / page_tokens
-  index_t rounds = 0;  ///< calls of the exact kernel, each on the next best pages
+  index_t page_tokens = 64;                ///< keys of a page: 64, of projected_attention() 16
+  std::vector<page_row> rows;              ///< [B, S, H]
+  std::vector<std::vector<index_t>> read;  ///< [B, G]: pages of a KV head that were read, ascending; key / page_tokens
+  index_t rounds = 0;                      ///< calls of the exact kernel, each on the next best pages
   /// Of keys and values, of their bounds, and of the keys and values that exact attention would read.
   double bytes_read = 0, bytes_of_bounds = 0, bytes_exact = 0;
 };

@@ -62,14 +62,8 @@ void page_attention(Q&& q, const KV& kv, Out&& out, const page_options& options,
     if (kv.bound_tokens() != 0) return {};
     return detail::make_fault(errc::option, "kv: expected bounds of its keys (keep_key_bounds()), got none");
   };
-  const auto attend = [&](const auto& to) {
-    detail::attend_pages<detail::box_bounds>(queries, kv, kv, to, options, ctx, report, find_fault);
-  };
-  if constexpr (detail::output_state<Out>) {
-    attend(out);
-  } else {
-    attend(detail::as_view(std::forward<Out>(out)));
-  }
+  detail::attend_pages<detail::box_bounds>(queries, kv, kv, detail::as_output(std::forward<Out>(out)), options, ctx,
+                                           report, find_fault);
 }
 
 }  // namespace GQA_ISA

@@ -144,9 +144,11 @@ class paged_kv_cache {
 
   /// Keeps, from now on, the largest and smallest element of each channel of the keys of every 16 or 64 tokens, those
   /// that there are included: what page_selection.hpp decides by. 1/16 or 1/64 of the bytes of the cache besides, of
-  /// one of 8 bits 1/8 or 1/32. After truncate() bounds may be wider than what is left, until the next token is
-  /// written. \param page_tokens  64 only if page_size is a multiple of it \param memory  as at construction \throws
-  /// error  errc::option for other numbers of tokens; errc::capacity if there is no memory, and those that
+  /// one of 8 bits 1/8 or 1/32.
+  /// After truncate() bounds may be wider than what is left, until the next token is written.
+  /// \param page_tokens  64 only if page_size is a multiple of it
+  /// \param memory  as at construction
+  /// \throws error  errc::option for other numbers of tokens; errc::capacity if there is no memory, and those that
   ///                there were stay
   void keep_key_bounds(index_t page_tokens = detail::tile_tokens, std::pmr::memory_resource* memory = nullptr);
 

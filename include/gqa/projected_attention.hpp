@@ -8,8 +8,8 @@
 ///
 /// As page_attention() (page_selection.hpp) with other bounds, and pages of 16 keys: the bound of each key is its score
 /// in the directions that keys vary most in, and at most what lies outside of them, and a page's is the sum over its
-/// keys. So it finds single keys among others unlike them, where boxes around pages say nothing; for r / 2 D of the
-/// bytes of keys and values where boxes take 1 / 64.
+/// keys. So it finds single keys among others unlike them, where boxes around pages say nothing; for (r + 2) / 2 D of
+/// the bytes of keys and values where boxes take 1 / 64.
 #pragma once
 
 #include <utility>
@@ -29,7 +29,7 @@ inline namespace GQA_ISA {
 
 /// Attention of q over the pages of 16 keys that matter.
 /// \param q        [B, S, H, D], or turned(): few queries, for all rows of a KV head choose together
-/// \param kv       any source that drops no tokens
+/// \param kv       any source that drops no tokens, of no more than 32 bits an element
 /// \param few      its keys, projected: those of all tokens that are attended to (update())
 /// \param out      [B, S, H, E], or a partial_state, whose lse is of what was read
 /// \param options  `epsilon` 0 and a `page_budget` read the best so many pages, as Loki does; `epsilon` 0 alone all
@@ -51,14 +51,8 @@ void projected_attention(Q&& q, const KV& kv, const projected_keys<S>& few, Out&
     }
     return {};
   };
-  const auto attend = [&](const auto& to) {
-    detail::attend_pages<detail::projected_bounds>(queries, kv, few, to, options, ctx, report, find_fault);
-  };
-  if constexpr (detail::output_state<Out>) {
-    attend(out);
-  } else {
-    attend(detail::as_view(std::forward<Out>(out)));
-  }
+  detail::attend_pages<detail::projected_bounds>(queries, kv, few, detail::as_output(std::forward<Out>(out)), options,
+                                                 ctx, report, find_fault);
 }
 
 }  // namespace GQA_ISA

@@ -79,7 +79,7 @@ class projected_keys {
   /// Finds the principal directions of the keys that the source has, each sequence's and KV head's own, and projects
   /// all of them. Keys that are not finite have no part in the directions, and are always read.
   /// \throws error  errc::option for a rank that is negative or above D, for a residual that is not of [0, 1], for a
-  ///                sample below 1; what the source's own check finds
+  ///                sample below 1; errc::shape for keys of no elements; what the source's own check finds
   /// Cost of a head: n D^2 + 10 D^3 for directions of a sample of n keys, 3 T r D for T projections, in double.
   template <kv_source KV>
   explicit projected_keys(const KV& kv, const projection_options& options = {}) {
@@ -98,9 +98,9 @@ class projected_keys {
   /// Projects the tokens that have been appended to the source since. Directions stay as they are: of keys unlike those
   /// that they were found for, more lies outside, and more of them are read. Tokens that are projected are taken to
   /// stay what they are: where the source forgets some (truncate(); an erased sequence, whose place a new one may
-  /// take), so must this, by truncate(), before others are appended. \throws error  errc::shape for a source of other
-  /// extents, errc::length for one that has fewer tokens of a sequence
-  ///                (truncate() first)
+  /// take), so must this, by truncate(), before others are appended.
+  /// \throws error  errc::shape for a source of other extents, errc::length for one that has fewer tokens of a
+  ///                sequence, and what the source's own check finds
   template <kv_source KV>
   void update(const KV& kv) {
     if (const auto f = kv.find_fault()) return detail::raise(f);
@@ -219,7 +219,7 @@ class projected_keys {
                                               detail::tile_panels * panel_elements),
                      S(0));
     // In both norms, for |y| + |w| is no less than |q|.
-    const double rounding = detail::rounding_of(head_dim_, rank);
+    const double rounding = detail::rounding_of(head_dim_, rank), mean_size = to.mean.norm();
     matrix coordinates, rest, along;
     for_each_tile(kv, b, g, {lengths_[static_cast<std::size_t>(b)], kv.length(b)},
                   [&](index_t first, const matrix& keys) {
@@ -229,7 +229,7 @@ class projected_keys {
                     to.leave_out(coordinates, rest, along);
                     for (index_t t = 0; t < keys.rows(); ++t) {
                       const bool finite = keys.row(t).allFinite();
-                      const double off = rounding * (keys.row(t).norm() + to.mean.norm());
+                      const double off = rounding * (keys.row(t).norm() + mean_size);
                       const double nothing = std::numeric_limits<double>::quiet_NaN();
                       S* const panel = to.panels.data() + (first + t) / detail::panel_tokens * panel_elements;
                       const auto put = [&](index_t d, double x) {

@@ -153,11 +153,7 @@ template <tensor_like Q, class T, detail::attention_output Out>
 void streaming_attention(Q&& q, const rope& embedding, const ring_kv_cache<T>& ring, Out&& out,
                          const attention_options& options, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  if constexpr (detail::output_state<Out>) {
-    detail::attend_streaming(queries, embedding, ring, out, options, ctx);
-  } else {
-    detail::attend_streaming(queries, embedding, ring, detail::as_view(std::forward<Out>(out)), options, ctx);
-  }
+  detail::attend_streaming(queries, embedding, ring, detail::as_output(std::forward<Out>(out)), options, ctx);
 }
 
 }  // namespace GQA_ISA

@@ -177,12 +177,8 @@ void within_group_attention(Q&& q, const KV& kv, std::span<const query_groups<A>
   using element = std::remove_const_t<detail::element_of<Q>>;
   const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
   detail::require_dtypes<element, KV, typename decltype(detail::output_view(out))::value_type>();
-  if constexpr (detail::output_state<Out>) {
-    detail::attend_within_groups(queries, detail::as_elements(kv), groups, out, options, ctx);
-  } else {
-    detail::attend_within_groups(queries, detail::as_elements(kv), groups, detail::as_view(std::forward<Out>(out)),
-                                 options, ctx);
-  }
+  detail::attend_within_groups(queries, detail::as_elements(kv), groups, detail::as_output(std::forward<Out>(out)),
+                               options, ctx);
 }
 
 /// The same over plain keys k [B, T, G, D] and values v [B, T, G, E].

@@ -17,9 +17,32 @@
 
 namespace gqa::test {
 
+template <class T>
+kv_cache<T> cache_of(const operands<float, float>& in, index_t bound_tokens = 0) {
+  const auto& n = in.of.shape;
+  kv_cache<T> cache(n.b, n.g, n.t, n.d, n.e);
+  if (bound_tokens > 0) cache.keep_key_bounds(bound_tokens);
+  cache.append(in.k.view(), in.v.view());
+  return cache;
+}
+
 struct paged_result : attended<float> {
   page_report report;
 };
+
+// call(out, options, report) on poisoned outputs, by the operands' own options.
+template <class Call>
+paged_result run_paged(const operands<float, float>& in, page_options o, const Call& call) {
+  const auto& n = in.of.shape;
+  paged_result r;
+  r.out.assign(static_cast<std::size_t>(n.b * n.s * n.h * n.e), std::numeric_limits<float>::quiet_NaN());
+  r.lse.assign(static_cast<std::size_t>(n.b * n.s * n.h), std::numeric_limits<float>::quiet_NaN());
+  o.attention = in.options;
+  call(partial_state<float>{tensor_view<float, 4>(r.out.data(), {n.b, n.s, n.h, n.e}),
+                            tensor_view<float, 3>(r.lse.data(), {n.b, n.s, n.h})},
+       o, &r.report);
+  return r;
+}
 
 // Keys around `topics` directions, a run of tokens each: pages differ, as those of texts do.
 inline operands<float, float> with_topics(const attention_case& c, index_t run, double spread) {

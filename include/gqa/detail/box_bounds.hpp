@@ -18,10 +18,12 @@
 #include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/page_ranker.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/read_ahead.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/score_bound.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile_kernel.hpp>
 #include <gqa/variants.hpp>
 
 namespace gqa::detail {

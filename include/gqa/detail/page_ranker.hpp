@@ -32,10 +32,8 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/exp2.hpp>
-#include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
-#include <gqa/detail/tile_kernel.hpp>
 #include <gqa/variants.hpp>
 
 namespace gqa::detail {

@@ -323,8 +323,6 @@ class page_reader {
 
   void fill(page_report& report, index_t rounds) const {
     const call_shape& shape = problem_.shape;
-    report = {};
-    report.page_tokens = page_tokens();
     report.rounds = rounds;
     report.rows.resize(static_cast<std::size_t>(shape.batch * shape.q_len * shape.q_heads));
     const double page_bytes = static_cast<double>(tile_elements<P>(shape.head_dim, shape.value_dim)) * sizeof(P) /

@@ -27,7 +27,7 @@ struct principal_directions {
 
   [[nodiscard]] index_t rank() const noexcept { return directions.rows(); }
 
-  /// Of rows [n, D]: `rank` directions, or as many as leave no more than `most_residual` outside.
+  /// Of rows [n, D]: `wanted` directions, or as many as leave no more than `most_residual` outside.
   void find(matrix rows, std::optional<index_t> wanted, X most_residual);
   /// P (rows - m), and rows - m in `rest`.
   void project(const matrix& rows, matrix& coordinates, matrix& rest) const;

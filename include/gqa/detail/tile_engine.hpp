@@ -540,13 +540,9 @@ class tile_engine {
     for_each_block([&](index_t row, index_t row_end) { apply_block(row, row_end, op, w, states); });
   }
 
-  void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
-                   const raw_states<A>& states) const noexcept {
-    stream_tile<own_reading>(t, tile, next, w, states);
-  }
-  /// The same of panels in some slots of a tile: those whose bits are set. Others before the last one are computed, and
+  /// A tile, or the panels in those of its slots whose bits are set: others before the last one are computed, and
   /// hidden.
-  template <reading How>
+  template <reading How = own_reading>
   void stream_tile(const row_tile& t, const kv_tile<P>& tile, const kv_tile<P>& next, workspace& w,
                    const raw_states<A>& states, std::uint32_t slots = all_panels,
                    std::uint32_t next_slots = all_panels) const noexcept {
@@ -585,7 +581,7 @@ class tile_engine {
       for (; i < tiles.end && follows(); ++i) {
         const kv_tile<P> now = tile(t.b(), t.g, i, nullptr);
         const bool looks = scattered && i + 1 < tiles.end;
-        stream_tile<own_reading>(t, now, looks ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
+        stream_tile(t, now, looks ? tile(t.b(), t.g, i + 1, nullptr) : now, w, states);
       }
       if (i == tiles.end) return;
       const seen_panels now = seen_of(tile(t.b(), t.g, i++, nullptr), panels);
