@@ -193,7 +193,7 @@ template <class A, class L, class Source, class Variant>
       if (tiles.size() == 0 || queries == 0) continue;
       const index_t first = p.interval().keys_of(offset, length).begin;
       const index_t end = p.interval().keys_of(offset + queries - 1, length).end;
-      const key_range seen{std::max(tiles.begin * tile_tokens, first), std::min(tiles.end * tile_tokens, end)};
+      const key_range seen{(std::max)(tiles.begin * tile_tokens, first), (std::min)(tiles.end * tile_tokens, end)};
       if (seen.size() == 0) continue;
       if constexpr (hides_blocks<Variant>) {
         const key_block block{b, 0, p.shape.q_heads, offset, offset + queries, seen.begin, seen.end};
@@ -227,7 +227,7 @@ void attend_in(const Queries& q, const Source& kv, const Out& out_or_state, cons
   if (!ragged.q_offsets.empty()) {
     p.ragged = ragged;
     p.shape.batch = static_cast<index_t>(ragged.sequences.size()), p.shape.q_len = 0;
-    for (index_t b = 0; b < p.shape.batch; ++b) p.shape.q_len = std::max(p.shape.q_len, p.q_len(b));
+    for (index_t b = 0; b < p.shape.batch; ++b) p.shape.q_len = (std::max)(p.shape.q_len, p.q_len(b));
   }
   if (const auto f = find_gone_fault(p, kv, variant)) return raise(f);
   scheduler<Source, Variant, L>(p, kv, variant, ctx).run();

@@ -112,7 +112,7 @@ class block_sparse_mask {
     std::vector<std::uint64_t> bits;
     mask.for_each_row([&](index_t list, key_range queries) {
       for (index_t tile = 0; tile < mask.tiles_seen_by(queries); ++tile) {
-        const index_t first = tile * detail::tile_tokens, end = std::min(first + detail::tile_tokens, shape.kv_len);
+        const index_t first = tile * detail::tile_tokens, end = (std::min)(first + detail::tile_tokens, shape.kv_len);
         bits.assign(static_cast<std::size_t>(shape.query_block), 0);
         bool any = false, all = true;
         for (index_t q = queries.begin; q < queries.end; ++q) {
@@ -121,7 +121,7 @@ class block_sparse_mask {
           for (index_t key = first; key < end; ++key) {
             if (sees(list, q, key)) word |= std::uint64_t{1} << (key - first);
           }
-          const index_t seen = shape.causal ? std::min(end, q + 1) : end;
+          const index_t seen = shape.causal ? (std::min)(end, q + 1) : end;
           const std::uint64_t visible = detail::bits_between(0, seen - first);
           any = any || (word & visible) != 0;
           all = all && (word & visible) == visible;
@@ -254,7 +254,7 @@ class block_sparse_mask {
     for (index_t row = 0; row < rows; ++row) {
       const index_t begin = (first_block() + row % blocks()) * shape_.query_block;
       add(row / blocks() % shape_.lists,
-          key_range{std::max(begin, offset), std::min(begin + shape_.query_block, offset + shape_.q_len)});
+          key_range{(std::max)(begin, offset), (std::min)(begin + shape_.query_block, offset + shape_.q_len)});
       offsets_.push_back(static_cast<index_t>(tiles_.size()));
     }
     if (!bits_.empty()) masks_.resize(tiles_.size(), -1);
@@ -281,7 +281,7 @@ inline visibility block_sparse_mask::visible(const key_block& b) const noexcept 
   if (last < 0 || first >= blocks() || !has_list(b.batch, list_of(b.q_head_end - 1))) return visibility::none;
   bool any = false, all = first >= 0 && last < blocks();
   for (index_t list = list_of(b.q_head_begin); list <= list_of(b.q_head_end - 1); ++list) {
-    for (index_t block = std::max<index_t>(first, 0); block <= std::min(last, blocks() - 1); ++block) {
+    for (index_t block = std::max<index_t>(first, 0); block <= (std::min)(last, blocks() - 1); ++block) {
       const auto row = tiles(b.batch, list, block);
       auto at = std::lower_bound(row.begin(), row.end(), first_tile);
       for (index_t tile = first_tile; tile <= last_tile; ++tile) {

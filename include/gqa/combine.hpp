@@ -28,6 +28,8 @@
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa {
 namespace detail {
 
@@ -183,3 +185,5 @@ void mix(tensor_view<const T, 4> a, std::type_identity_t<tensor_view<const T, 4>
 
 }  // namespace GQA_ISA
 }  // namespace gqa
+
+GQA_END_PACKET_CODE

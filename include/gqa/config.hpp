@@ -10,9 +10,18 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+// Sums have their order, quotients their rounding, and hidden keys are infinities, so flags that give these away are
+// refused where the compiler tells of them. (Clang tells of no more than the first two; GQA_BEGIN_PACKET_CODE does
+// there what is needed, so that its -funsafe-math-optimizations is right.)
+#if defined(__FAST_MATH__)
 #error \
-    "gqa needs IEEE arithmetic (true infinities, NaN, no reassociation): build without -ffast-math and -ffinite-math-only"
+    "gqa needs IEEE arithmetic: build without -ffast-math (-Ofast), which drops infinities, NaN and the order of sums"
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "gqa needs infinities and NaN, which hide keys and show faults: build without -ffinite-math-only"
+#elif defined(__ASSOCIATIVE_MATH__)
+#error "gqa needs sums in their order: build without -fassociative-math, which -funsafe-math-optimizations implies"
+#elif defined(__RECIPROCAL_MATH__)
+#error "gqa needs quotients rounded once: build without -freciprocal-math, which -funsafe-math-optimizations implies"
 #endif
 
 #if !defined(GQA_NO_EXCEPTIONS) && !defined(__cpp_exceptions)

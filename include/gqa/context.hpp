@@ -139,7 +139,7 @@ class context {
   [[nodiscard]] context* detail_workers() {
     const index_t count = concurrency();
     if (count > worker_count_) workers_ = std::make_unique<context[]>(static_cast<std::size_t>(count));
-    worker_count_ = std::max(worker_count_, count);
+    worker_count_ = (std::max)(worker_count_, count);
     return workers_.get();
   }
 

@@ -109,11 +109,11 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const query_groups<A>& own_groups = groups[static_cast<std::size_t>(task)];
     const part_of_source<KV> own(kv, b, g, 1, keys);
     kv_cache<P> far(1, 1, keys, shape.head_dim, far_dim);
-    kv_cache<A> top(1, 1, std::min(options.top_keys, keys), shape.head_dim, shape.value_dim);
+    kv_cache<A> top(1, 1, (std::min)(options.top_keys, keys), shape.head_dim, shape.value_dim);
     if (watch.failed()) return;
     pack_head(own, means, 0, far);
 
-    const key_range without{options.without.begin, std::min(options.without.end, keys)};
+    const key_range without{options.without.begin, (std::min)(options.without.end, keys)};
     const typename group_attender<A>::shape dims{shape.head_dim, shape.value_dim, far_dim, keys, keys - without.size()};
     context& calls = contexts[worker].detail_workers()[0];
     A *queries, *results, *lse;

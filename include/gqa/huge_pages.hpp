@@ -49,7 +49,7 @@ class huge_pages final : public std::pmr::memory_resource {
     return this == &other;
   }
   [[nodiscard]] static std::align_val_t aligned_to(std::size_t alignment) noexcept {
-    return std::align_val_t{std::max(alignment, page)};
+    return std::align_val_t{(std::max)(alignment, page)};
   }
 };
 

@@ -59,7 +59,7 @@ class band_mask {
 
   [[nodiscard]] key_range keys(key_range queries) const noexcept {
     const key_range first = self().band(queries.begin), last = self().band(queries.end - 1);
-    if (self().first_keys() > 0) return {0, std::max(last.end, self().first_keys())};
+    if (self().first_keys() > 0) return {0, (std::max)(last.end, self().first_keys())};
     return {first.begin, last.end};
   }
 
@@ -140,7 +140,7 @@ class neighbourhood : public detail::band_mask<neighbourhood> {
       : size_(at_least(1, size, "neighbourhood: size")), length_(at_least(0, length, "neighbourhood: length")) {}
   [[nodiscard]] key_range band(index_t query) const noexcept {
     const index_t begin = std::clamp<index_t>(query - size_ / 2, 0, std::max<index_t>(length_ - size_, 0));
-    return {begin, std::min(begin + size_, length_)};
+    return {begin, (std::min)(begin + size_, length_)};
   }
 
  private:

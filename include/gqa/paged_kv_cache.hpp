@@ -189,7 +189,7 @@ class paged_kv_cache {
   [[nodiscard]] paged_sequence& sequence(index_t n) noexcept { return sequences_[static_cast<std::size_t>(n)]; }
   [[nodiscard]] index_t longest() const noexcept {
     index_t most = 0;
-    for (const paged_sequence& s : sequences_) most = std::max(most, s.length);
+    for (const paged_sequence& s : sequences_) most = (std::max)(most, s.length);
     return most;
   }
   /// The lowest number that is free.
@@ -208,7 +208,7 @@ class paged_kv_cache {
   [[nodiscard]] panel panel_of(index_t page, index_t layer, index_t g, index_t n) const noexcept {
     const index_t head = (page * layers_ + layer) * kv_heads_ + g;
     const index_t first = n / detail::tile_panels * detail::tile_panels;  // of the 64 tokens that it belongs to
-    const index_t together = std::min(detail::tile_panels, panels() - first);
+    const index_t together = (std::min)(detail::tile_panels, panels() - first);
     const index_t at = head * head_elements() + first * (key_elements() + value_elements());
     return {at + (n - first) * key_elements(), at + together * key_elements() + (n - first) * value_elements(),
             head * panels() + n};
@@ -287,10 +287,10 @@ paged_kv_cache<T>::paged_kv_cache(index_t layers, index_t pages, index_t page_si
     return;
   }
   const auto size = [](index_t n) { return static_cast<double>(n); };
-  const double elements = std::max(size(pages), 1.0) * size(layers) * size(kv_heads) * size(page_size) *
+  const double elements = (std::max)(size(pages), 1.0) * size(layers) * size(kv_heads) * size(page_size) *
                           (size(head_dim) + size(value_dim) + 2 * size(detail::panel_tokens));
   layers_ = layers, page_size_ = page_size, kv_heads_ = kv_heads, head_dim_ = head_dim, value_dim_ = value_dim;
-  const bool is_countable = elements < size(detail::position_limit / 16) && pages <= std::numeric_limits<int>::max();
+  const bool is_countable = elements < size(detail::position_limit / 16) && pages <= (std::numeric_limits<int>::max)();
   if (is_countable && pool_.build(pages, layers * kv_heads * head_elements(), layers * kv_heads * panels(), memory))
     return;
   layers_ = 0;
@@ -352,7 +352,8 @@ detail::fault paged_kv_cache<T>::find_extend_fault(sequence_id id, index_t token
 template <class T>
 index_t paged_kv_cache<T>::shared_pages(const paged_sequence& s, index_t begin, index_t end) const noexcept {
   index_t shared = 0;
-  for (index_t page = begin / page_size_; page < std::min(pages_for(end), static_cast<index_t>(s.pages.size())); ++page)
+  for (index_t page = begin / page_size_; page < (std::min)(pages_for(end), static_cast<index_t>(s.pages.size()));
+       ++page)
     shared += pool_.is_shared(s.pages[static_cast<std::size_t>(page)]) ? 1 : 0;
   return begin < end ? shared : 0;
 }
@@ -381,7 +382,7 @@ template <class T>
 void paged_kv_cache<T>::grow(paged_sequence& s, index_t tokens) {
   const index_t before = s.length, after = before + tokens;
   const auto wanted = static_cast<std::size_t>(pages_for(after));
-  if (wanted > s.pages.capacity()) s.pages.reserve(std::max(wanted, 2 * s.pages.capacity()));  // all that may fail
+  if (wanted > s.pages.capacity()) s.pages.reserve((std::max)(wanted, 2 * s.pages.capacity()));  // all that may fail
   if (before % page_size_ != 0 && tokens > 0) {
     std::int32_t& last = s.pages.back();
     if (pool_.is_shared(last)) last = pool_.copy(last);
@@ -459,8 +460,8 @@ void paged_kv_cache<T>::update_bounds(index_t layer, const paged_sequence& s, in
   const index_t tokens = pool_.bounds().page_tokens();
   if (tokens == 0 || begin == end) return;
   for (index_t first = begin / tokens * tokens; first < end; first += tokens) {
-    const key_range written{std::max<index_t>(begin - first, 0), std::min(end - first, tokens)};
-    pool_.bounds().update(bounds_at(s, layer, g, first), written, std::min(s.length - first, tokens), [&](index_t n) {
+    const key_range written{std::max<index_t>(begin - first, 0), (std::min)(end - first, tokens)};
+    pool_.bounds().update(bounds_at(s, layer, g, first), written, (std::min)(s.length - first, tokens), [&](index_t n) {
       return pool_.elements() + panel_at(s, layer, g, first + n * detail::panel_tokens).key_at;
     });
   }
@@ -483,7 +484,7 @@ void paged_kv_cache<T>::keep_key_bounds(index_t page_tokens, std::pmr::memory_re
       for (index_t g = 0; g < kv_heads_; ++g) {
         for (index_t first = 0; first < s.length; first += page_tokens) {
           // A sequence that shares a page may have more of it than this one.
-          const index_t end = std::min(first + page_tokens, s.length);
+          const index_t end = (std::min)(first + page_tokens, s.length);
           if (pool_.bounds().tokens_in(bounds_at(s, layer, g, first)) < end - first)
             update_bounds(layer, s, g, first, end);
         }

@@ -152,7 +152,7 @@ detail::kv_tile<typename paged_view<T>::panel_element> paged_view<T>::tile(index
     // The pieces of a panel that lie in one page each; of an empty one a piece of no tokens, which clears it.
     for (index_t done = 0; done < std::max<index_t>(count, 1);) {
       const place at = count == 0 ? place{0, 0} : place_of(b, first + done);
-      const index_t piece = std::min(count - done, page_size() - at.token);
+      const index_t piece = (std::min)(count - done, page_size() - at.token);
       const detail::panel_range range{done, done + piece};
       detail::pack_key_panel(&k_(at.page, at.token, g, 0), k_.stride(1), range, head_dim(), to_keys);
       if (detail::pack_value_panel(&v_(at.page, at.token, g, 0), v_.stride(1), range, value_dim(), to_values))

@@ -184,7 +184,7 @@ class projected_keys {
     matrix keys;
     for (index_t begin = tokens.begin; begin < tokens.end;) {
       const index_t first = begin / detail::tile_tokens * detail::tile_tokens;
-      const index_t end = std::min(first + detail::tile_tokens, tokens.end);
+      const index_t end = (std::min)(first + detail::tile_tokens, tokens.end);
       const auto tile = kv.tile(b, g, first / detail::tile_tokens, end - first, scratch.data());
       keys.resize(end - begin, dim);
       for (index_t t = begin; t < end; ++t) {
@@ -200,7 +200,7 @@ class projected_keys {
   template <class KV>
   void find_directions(const KV& kv, index_t b, index_t g, const projection_options& options) {
     head& to = heads_[static_cast<std::size_t>(b * kv_heads_ + g)];
-    const index_t tokens = kv.length(b), wanted = std::min(options.sample, tokens);
+    const index_t tokens = kv.length(b), wanted = (std::min)(options.sample, tokens);
     matrix sample(wanted, head_dim_);
     index_t count = 0, n = 0;  // of finite keys, and of those that have been looked at
     for_each_tile(kv, b, g, {0, tokens}, [&](index_t first, const matrix& keys) {
@@ -245,7 +245,7 @@ class projected_keys {
   /// A number that is no less than x >= 0 once it is an S: relative errors of rounding to it are at most 2^-24, 2^-9.
   [[nodiscard]] static double rounded_up(double x) noexcept {
     return x * (1 + (std::is_same_v<S, float> ? 0x1p-22 : 0x1p-7)) +
-           static_cast<double>(std::numeric_limits<float>::min());
+           static_cast<double>((std::numeric_limits<float>::min)());
   }
 
   index_t batch_ = 0, kv_heads_ = 0, head_dim_ = 0;

@@ -56,15 +56,15 @@ struct decoded_head {
     const index_t dim = kv.head_dim();
     for (index_t t = 0; t < keys; ++t) {
       const index_t first_key = t / tile_tokens * tile_tokens;
-      const kv_tile<P> tile = kv.tile(b, g, t / tile_tokens, std::min(tile_tokens, keys - first_key), nullptr);
+      const kv_tile<P> tile = kv.tile(b, g, t / tile_tokens, (std::min)(tile_tokens, keys - first_key), nullptr);
       const auto panel = static_cast<std::size_t>(t % tile_tokens / panel_tokens);
       const index_t at = t % panel_tokens;
       const P *const own_k = tile.k[panel], *const own_v = tile.v[panel];
       for (index_t first = 0; first < dim; first += scale_channels) {
         double sum = 0, largest = 0;
-        for (index_t d = first; d < std::min(first + scale_channels, dim); ++d) {
+        for (index_t d = first; d < (std::min)(first + scale_channels, dim); ++d) {
           k.push_back(static_cast<double>(key_at(own_k, at, d, dim)));
-          sum += std::abs(k.back()), largest = std::max(largest, std::abs(k.back()));
+          sum += std::abs(k.back()), largest = (std::max)(largest, std::abs(k.back()));
         }
         key_scale.push_back(
             step_of(reinterpret_cast<const key_type<P>*>(own_k), key_scale_index(at, first, dim), largest));
@@ -112,9 +112,9 @@ struct bounded_query {
   explicit bounded_query(const Q* q, index_t dim) {
     for (index_t first = 0; first < dim; first += scale_channels) {
       double of_block = 0, largest = 0;
-      for (index_t d = first; d < std::min(first + scale_channels, dim); ++d) {
+      for (index_t d = first; d < (std::min)(first + scale_channels, dim); ++d) {
         row.push_back(static_cast<double>(q[d]));
-        of_block += std::abs(row.back()), largest = std::max(largest, std::abs(row.back()));
+        of_block += std::abs(row.back()), largest = (std::max)(largest, std::abs(row.back()));
       }
       sum.push_back(of_block);
       step.push_back(half_step * (1 + 0x1p-7) * largest / static_cast<double>(most_q8));
@@ -168,7 +168,7 @@ struct bounded_score {
   double top = -infinity, sum = 0;
   for (const bounded_score& s : seen) {
     if (std::isnan(s.score)) return infinity;
-    top = std::max(top, s.score);
+    top = (std::max)(top, s.score);
   }
   if (top == -infinity) return 0;  // nothing is seen
   for (const bounded_score& s : seen) sum += std::exp(s.score - top);
@@ -180,7 +180,7 @@ struct bounded_score {
     for (const bounded_score& s : seen) low += weight(s, -(s.*off)), high += weight(s, s.*off);
     std::vector<double> gain;
     for (const bounded_score& s : seen)
-      gain.push_back(std::max(weight(s, s.*off) / low - weight(s), weight(s) - weight(s, -(s.*off)) / high));
+      gain.push_back((std::max)(weight(s, s.*off) / low - weight(s), weight(s) - weight(s, -(s.*off)) / high));
     return gain;
   };
   const std::vector<double> kernel = gains(&bounded_score::of_kernel), key = gains(&bounded_score::of_key);
@@ -203,7 +203,7 @@ struct bounded_score {
     }
     of_element += 0x1p-112 * (1 + static_cast<double>(keys) / 64);  // units below the least normal float, a tile each
     if (!std::isfinite(of_element)) return infinity;
-    bound = std::max(bound, of_element);
+    bound = (std::max)(bound, of_element);
   }
   return bound;
 }

@@ -19,6 +19,8 @@
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::reference {
 inline namespace GQA_ISA {
 
@@ -139,7 +141,7 @@ requires(attention_variant<Variant> || std::same_as<Variant, detail::no_variant>
             product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
           const double x = impl::score<A>(options, variant, product, scale, p, s);
           scores[static_cast<std::size_t>(t)] = x;
-          top = std::max(top, x);
+          top = (std::max)(top, x);
           has_nan = has_nan || std::isnan(x);
         }
 
@@ -173,3 +175,5 @@ void attention(Q&& q, K&& k, V&& v, Out&& out_or_state, const attention_options&
 
 }  // namespace GQA_ISA
 }  // namespace gqa::reference
+
+GQA_END_PACKET_CODE

@@ -164,7 +164,7 @@ class rope {
     for (index_t b = 0; b < x.extent(0); ++b) {
       for (index_t first = 0; first < x.extent(1); first += chunk) {
         positions.clear();
-        for (index_t s = first; s < std::min(first + chunk, x.extent(1)); ++s) positions.push_back(position_of(b, s));
+        for (index_t s = first; s < (std::min)(first + chunk, x.extent(1)); ++s) positions.push_back(position_of(b, s));
         const tensor_view<T, 4> some(&x(b, first, 0, 0),
                                      {1, static_cast<index_t>(positions.size()), x.extent(2), x.extent(3)},
                                      {0, x.stride(1), x.stride(2), x.stride(3)});
@@ -243,9 +243,9 @@ inline void rope::set_frequencies() {
     double kept = 1;  // the part of the frequency that is not stretched
     if (o.scaling == rope_scaling::linear) kept = 0;
     if (o.scaling == rope_scaling::yarn) {
-      const double low = std::max(std::floor(pair_of_turns(o.beta_fast)), 0.0);
-      const double high = std::min(std::ceil(pair_of_turns(o.beta_slow)), dims - 1);
-      kept = 1 - std::clamp((i - low) / std::max(high - low, 0.001), 0.0, 1.0);
+      const double low = (std::max)(std::floor(pair_of_turns(o.beta_fast)), 0.0);
+      const double high = (std::min)(std::ceil(pair_of_turns(o.beta_slow)), dims - 1);
+      kept = 1 - std::clamp((i - low) / (std::max)(high - low, 0.001), 0.0, 1.0);
     }
     if (o.scaling == rope_scaling::llama3) {
       const double turns = length * own / (2 * std::numbers::pi);

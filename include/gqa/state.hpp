@@ -23,6 +23,8 @@
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa {
 
 /// Attention over a subset of the keys, with all that is needed to extend it to another subset.
@@ -98,7 +100,7 @@ void merge_state_row(std::span<const partial_state<const T>> states, const parti
     if (lse == empty) continue;
     ++seen;
     last = i;
-    top = std::max(top, lse);
+    top = (std::max)(top, lse);
   }
   T* const out = &result.out(b, s, h, 0);
   if (seen == 0) {
@@ -165,3 +167,5 @@ void merge(partial_state<T> self, std::type_identity_t<partial_state<const T>> o
 
 }  // namespace GQA_ISA
 }  // namespace gqa
+
+GQA_END_PACKET_CODE

@@ -76,7 +76,7 @@ template <class Problem, class Ring>
   for (index_t b = 0; b < call.shape.batch; ++b) {
     const index_t first = call.query_offset(b, call.length(ring, b));
     for (index_t p = first; p < first + call.shape.q_len; ++p) {
-      at.own.push_back(p), at.of_cache.push_back(std::min(p, last_whole));
+      at.own.push_back(p), at.of_cache.push_back((std::min)(p, last_whole));
       at.any_shifted = at.any_shifted || p > last_whole;
     }
   }

@@ -61,7 +61,7 @@ class within_groups {
         causal_(scores.causal),
         value_dim_(value_dim),
         options_(scores_of(scores)),
-        own_keys_(1, 1, std::min(x.count, keys), x.dim, value_dim) {}
+        own_keys_(1, 1, (std::min)(x.count, keys), x.dim, value_dim) {}
 
   /// Attends with the members of a group, whose keys are read from `keys`.
   template <class Head>
@@ -71,7 +71,7 @@ class within_groups {
     ends_.clear(), rows_.clear();
     key_.resize(static_cast<std::size_t>(x_.dim)), value_.resize(static_cast<std::size_t>(value_dim_));
     out_.resize(static_cast<std::size_t>(count * value_dim_)), lse_.resize(members.size());
-    index_t last = std::numeric_limits<index_t>::min();
+    index_t last = (std::numeric_limits<index_t>::min)();
     for (const index_t i : members) {  // ascending, and so are their positions
       const index_t at = offset_ + i / heads_;
       if (at != last && at >= 0 && at < keys.length(0)) {

@@ -26,6 +26,8 @@
 #include <gqa/detail/tile_kernel.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -89,9 +91,9 @@ class box_bounds {
   template <class MustRead>
   void weigh(const bounded_head& head, page_ranker<A>& ranker, const MustRead& must_read) const noexcept {
     const index_t tokens = keys_of_bound(), first = head.tiles.begin * bounds_of_page();
-    const index_t last = std::min(ceil_div(head.keys, tokens), head.tiles.end * bounds_of_page()) - 1;
+    const index_t last = (std::min)(ceil_div(head.keys, tokens), head.tiles.end * bounds_of_page()) - 1;
     ranker.weigh(tokens, must_read);
-    ranker.shrink(last - first, std::min(head.keys - last * tokens, tokens), tokens);
+    ranker.shrink(last - first, (std::min)(head.keys - last * tokens, tokens), tokens);
     ranker.add_up();
   }
   /// Upper bounds of the scores of all rows of a head, base 2.
@@ -103,7 +105,7 @@ class box_bounds {
                   first_bound = head.tiles.begin * bounds_of_page();
     const S* const rows_of_head = split_ + head.first_row * length();
     for (index_t first = 0; first < bounds; first += panel_tokens) {
-      const index_t count = std::min(panel_tokens, bounds - first);
+      const index_t count = (std::min)(panel_tokens, bounds - first);
       std::array<const B*, panel_tokens> at{};
       alignas(64) std::array<A, panel_tokens> largest{};
       for (index_t n = 0; n < count; ++n) {
@@ -149,7 +151,7 @@ class box_bounds {
       return;
     }
     for (index_t n = 0; n < numbers.size(); ++n) {
-      const key_range own{(numbers.begin + n) * tokens, std::min((numbers.begin + n + 1) * tokens, head.keys)};
+      const key_range own{(numbers.begin + n) * tokens, (std::min)((numbers.begin + n + 1) * tokens, head.keys)};
       const bool hidden = own.end <= seen.begin || seen.end <= own.begin;
       const double most =
           static_cast<double>(products[n]) + rounding * static_cast<double>(largest[static_cast<std::size_t>(n)]);
@@ -166,3 +168,5 @@ class box_bounds {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

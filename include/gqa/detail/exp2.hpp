@@ -18,6 +18,8 @@
 
 #include <gqa/detail/simd/packet.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -74,3 +76,5 @@ template <class A>
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -71,9 +71,9 @@ class families {
       index_t rows = sequences.rows(members_[first]), splits = 1;
       for (end = first + 1; end < members_.size() && shared_[end] > 0; ++end) {
         rows += sequences.rows(members_[end]);
-        splits = std::max(splits, sequences.tiles(members_[end]).splits());
+        splits = (std::max)(splits, sequences.tiles(members_[end]).splits());
       }
-      const index_t pieces = std::max(ceil_div(rows, most_rows), ceil_div(least_tasks, splits));
+      const index_t pieces = (std::max)(ceil_div(rows, most_rows), ceil_div(least_tasks, splits));
       cut(sequences, first, end, ceil_div(rows, std::max<index_t>(pieces, 1)));
     }
     firsts_[count_] = static_cast<index_t>(members_.size());
@@ -92,10 +92,10 @@ class families {
     const auto of_b = sequences.pages(b), of_c = sequences.pages(c);
     const auto differs = std::mismatch(of_b.begin(), of_b.end(), of_c.begin(), of_c.end()).first;
     const index_t tokens = (differs - of_b.begin()) * sequences.page_size();
-    const index_t common = std::min({tokens, sequences.length(b), sequences.length(c)}) / tile_tokens;
+    const index_t common = (std::min)({tokens, sequences.length(b), sequences.length(c)}) / tile_tokens;
     const key_tiles by_b = sequences.tiles(b), by_c = sequences.tiles(c);
-    const index_t read = common - std::max(by_b.begin(), by_c.begin());
-    return read > 0 && read * least_part >= std::max(by_b.size(), by_c.size()) ? common : 0;
+    const index_t read = common - (std::max)(by_b.begin(), by_c.begin());
+    return read > 0 && read * least_part >= (std::max)(by_b.size(), by_c.size()) ? common : 0;
   }
 
   /// Cuts members [first, end) into families of about so many rows.

@@ -102,7 +102,7 @@ void read_token(const Head& head, index_t t, A* key, A* value, index_t value_dim
     for (index_t d = 0; d < head.head_dim(); ++d) key[d] = static_cast<A>(row.k.at[d]);
     for (index_t e = 0; e < value_dim; ++e) value[e] = static_cast<A>(row.v.at[e]);
   } else {
-    const index_t tokens = std::min(tile_tokens, head.length(0) - t / tile_tokens * tile_tokens);
+    const index_t tokens = (std::min)(tile_tokens, head.length(0) - t / tile_tokens * tile_tokens);
     read_token_of(head.tile(0, 0, t / tile_tokens, tokens, nullptr), t % tile_tokens, head.head_dim(), head.value_dim(),
                   key, value, value_dim);
   }
@@ -117,7 +117,7 @@ void pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {
   std::vector<A> values(static_cast<std::size_t>(tile_tokens * value_dim));
   std::vector<typename Head::panel_element> scratch(static_cast<std::size_t>(head.scratch_elements()));
   for (index_t first = 0; first < head.length(0); first += tile_tokens) {
-    const index_t tokens = std::min(tile_tokens, head.length(0) - first);
+    const index_t tokens = (std::min)(tile_tokens, head.length(0) - first);
     const auto for_each_token = [&](const auto& read) {
       for (index_t t = 0; t < tokens; ++t) {
         A* const key = keys.data() + t * dim;
@@ -153,7 +153,7 @@ void for_each_key(const Head& head, const key_interval& seen, index_t end, const
     if constexpr (has_rows_in_memory<Head>) {
       for_each_seen([&](index_t t) { read_token(head, first + t, key.data(), key.data(), 0); });
     } else {
-      const index_t tokens = std::min(tile_tokens, end - first);
+      const index_t tokens = (std::min)(tile_tokens, end - first);
       const auto tile = head.tile(0, 0, first / tile_tokens, tokens, scratch.data());
       for_each_seen(
           [&](index_t t) { read_token_of(tile, t, head.head_dim(), head.value_dim(), key.data(), key.data(), 0); });
@@ -179,7 +179,7 @@ template <class Head>
   }
   double largest = 0;
   for_each_key(head, seen, end, [&](const A* key) {
-    largest = std::max(largest, static_cast<double>(squared_distance(key, centre.data(), dim)));
+    largest = (std::max)(largest, static_cast<double>(squared_distance(key, centre.data(), dim)));
   });
   if (!(largest > 1e-25 && largest < 1e35)) {  // squares may have left the range of floats
     largest = 0;
@@ -189,7 +189,7 @@ template <class Head>
         const double x = static_cast<double>(key[d]) - static_cast<double>(centre[static_cast<std::size_t>(d)]);
         sum += x * x;
       }
-      largest = std::max(largest, sum);
+      largest = (std::max)(largest, sum);
     });
   }
   const double error = (static_cast<double>(dim) + 3) * static_cast<double>(std::numeric_limits<A>::epsilon());

@@ -86,7 +86,7 @@ class group_attender {
 
   /// Groups that share.
   struct sharing {
-    double largest_radius = std::numeric_limits<double>::max();
+    double largest_radius = (std::numeric_limits<double>::max)();
     bool alone_too = false;  // also those of one row, whose result may not depend on whether others join it
   };
 
@@ -97,9 +97,9 @@ class group_attender {
       const auto members = static_cast<index_t>(groups.members(j).size());
       counts_.groups += shares(j) ? 1 : 0;
       counts_.alone += shares(j) ? 0 : members;
-      if (shares(j)) most_members_ = std::max(most_members_, members);
+      if (shares(j)) most_members_ = (std::max)(most_members_, members);
     }
-    top_ = options.form == groupwise_form::clustered ? 0 : std::min(options.top_keys, dims.keys);
+    top_ = options.form == groupwise_form::clustered ? 0 : (std::min)(options.top_keys, dims.keys);
     carve(memory);
   }
 

@@ -45,11 +45,11 @@ class grouped_cost {
     const double far_dims = dims + (has_means ? head_dim_ : 0);
     const double top = options_.groupwise.form == groupwise_form::clustered
                            ? 0
-                           : std::min(static_cast<double>(options_.groupwise.top_keys), far_);
+                           : (std::min)(static_cast<double>(options_.groupwise.top_keys), far_);
     const double attending = (shared + static_cast<double>(alone)) * far_ * far_dims;
     const double with_top =
         top > 0 ? shared * far_ * head_dim_ + rows_ * top * dims + shared * top * dims * gathered : 0;
-    const double seeding = covers(options_) ? rows_ : std::min(rows_, 8 * shared);
+    const double seeding = covers(options_) ? rows_ : (std::min)(rows_, 8 * shared);
     const double iterations = covers(options_) ? 0 : static_cast<double>(options_.grouping.iterations) + 1;
     const auto compared = static_cast<double>(round_up(groups, tile_tokens));  // centres lie in tiles
     const double grouping = head_dim_ * (rows_ * (compared + moved) * iterations + seeding * shared * seeded);
@@ -65,7 +65,7 @@ class grouped_cost {
   /// Groups of the rows that are asked for; of a cover at most.
   [[nodiscard]] index_t wanted_groups() const noexcept {
     const auto rows = static_cast<index_t>(rows_);
-    if (options_.grouping.groups > 0) return std::min(options_.grouping.groups, rows);
+    if (options_.grouping.groups > 0) return (std::min)(options_.grouping.groups, rows);
     if (!covers(options_)) return std::max<index_t>(rows / 32, 1);
     if (options_.always_group) return rows;
     index_t most = 1;  // that pay: fewer cost less

@@ -101,7 +101,7 @@ class grouped_runner {
   /// follow.
   [[nodiscard]] index_t planned_rows(const block& k) const noexcept {
     if (!options_.strict_causal) return k.rows.size();
-    return k.rows.sequences.size() * std::min(options_.block, problem_.shape.kv_len) * k.rows.heads.size();
+    return k.rows.sequences.size() * (std::min)(options_.block, problem_.shape.kv_len) * k.rows.heads.size();
   }
   [[nodiscard]] index_t far_keys(const block& k) const noexcept { return seen_keys(k) - k.near.size(); }
   /// Keys of the sequence that some of a block's queries see.
@@ -126,7 +126,7 @@ class grouped_runner {
       const index_t keys = length(b), first = offset(b);
       for (index_t begin = 0; begin < problem_.shape.q_len;) {
         const index_t position = floor_div(first + begin, options_.block) * options_.block;
-        const index_t end = std::min(position + options_.block - first, problem_.shape.q_len);
+        const index_t end = (std::min)(position + options_.block - first, problem_.shape.q_len);
         const index_t near_begin = std::clamp<index_t>(position - options_.window, 0, keys);
         const index_t after = position + options_.block + (options_.attention.causal ? 0 : options_.window);
         const key_range near{near_begin, std::clamp<index_t>(after, near_begin, keys)};
@@ -259,7 +259,7 @@ class grouped_runner {
     for (; end < work.size(); ++end) {
       const block& k = *work[end];
       if (end > first && k.b() == work[end - 1]->b() && k.g == work[end - 1]->g) continue;
-      const index_t keys = std::max(most_keys, k.keys);
+      const index_t keys = (std::max)(most_keys, k.keys);
       const double bytes = static_cast<double>(heads.size() + 1) * static_cast<double>(keys) *
                            static_cast<double>(problem_.shape.head_dim + far_value_dim()) * sizeof(P);
       if (bytes > packed_bytes && !heads.empty()) break;
@@ -315,7 +315,7 @@ class grouped_runner {
     A* const memory = reinterpret_cast<A*>(ctx.detail_scratch(elements * sizeof(A)));
     if (memory == nullptr) return fail();
     grouping_options o = grouping_of(k);
-    o.groups = std::min(o.groups, sampled_rows / 2);
+    o.groups = (std::min)(o.groups, sampled_rows / 2);
     const point_rows<A> x = sample_queries(problem_.q, problem_.shape.head_dim, rows, sampled_rows, memory);
     const bool grouped = group_rows_of(x, o, own.groups, calls) && keeps_tolerance(own.groups, o);
     if (watch.failed()) return fail();
@@ -350,7 +350,8 @@ class grouped_runner {
     if (watch.failed()) return fail();
     if (!finds) return false;
     typename group_attender<A>::sharing sharing{radius};
-    if (options_.strict_causal) sharing = {std::numeric_limits<double>::max(), true};  // too far rows are apart already
+    if (options_.strict_causal)
+      sharing = {(std::numeric_limits<double>::max)(), true};  // too far rows are apart already
     const attention_options& scores = options_.attention;
     const typename group_attender<A>::shape dims{problem_.shape.head_dim, value_dim, far_value_dim(), k.keys,
                                                  far_keys(k)};
@@ -364,7 +365,7 @@ class grouped_runner {
 
     // 2. Group-wise attention to the far keys.
     if (!own.top)
-      own.top.emplace(1, 1, std::min(options_.groupwise.top_keys, problem_.shape.kv_len), problem_.shape.head_dim,
+      own.top.emplace(1, 1, (std::min)(options_.groupwise.top_keys, problem_.shape.kv_len), problem_.shape.head_dim,
                       value_dim);
     if (watch.failed()) return fail();
     const part_of_source<Far> far_part(far, 0, 0, 1, seen_keys(k));
@@ -475,8 +476,8 @@ class grouped_runner {
   }
   /// The radius of a group whose members' weights are off by at most the tolerance.
   [[nodiscard]] double largest_radius(double reach) const noexcept {
-    if (!options_.tolerance || reach == 0) return std::numeric_limits<double>::max();
-    return 2 * std::atanh(std::min(*options_.tolerance / 2, 1 - 0x1p-53)) / reach;
+    if (!options_.tolerance || reach == 0) return (std::numeric_limits<double>::max)();
+    return 2 * std::atanh((std::min)(*options_.tolerance / 2, 1 - 0x1p-53)) / reach;
   }
 
   void attend_near(const block& k, const block_scratch& scratch, context& calls) const {
@@ -532,8 +533,8 @@ class grouped_runner {
       const auto members = static_cast<index_t>(groups.members(j).size());
       const auto radius = static_cast<double>(groups.radius(j));
       r.shared.push_back({members, radius, retained, radius == 0 ? 0 : 2 * std::tanh(k.reach * radius / 2)});
-      r.largest_radius = std::max(r.largest_radius, radius);
-      r.error_bound = std::max(r.error_bound, r.shared.back().error_bound);
+      r.largest_radius = (std::max)(r.largest_radius, radius);
+      r.error_bound = (std::max)(r.error_bound, r.shared.back().error_bound);
       r.retained_mass += static_cast<double>(members) * retained;
       sharing += members;
     });

@@ -32,6 +32,8 @@
 #include <gqa/error.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -91,7 +93,7 @@ class key_bounds {
   void update(index_t page, key_range written, index_t valid, const PanelOf& panel_of) noexcept {
     std::uint8_t& filled = filled_[page];
     const bool follows = written.begin == filled && written.begin > 0;
-    const index_t end = follows ? written.end : std::min(std::max<index_t>(written.end, filled), valid);
+    const index_t end = follows ? written.end : (std::min)(std::max<index_t>(written.end, filled), valid);
     if (!follows) clear(page);
     for_each_panel(follows ? written.begin : 0, end, [&](index_t first, const panel_range& tokens) {
       widen(page, panel_of(first / panel_tokens), tokens);
@@ -129,11 +131,11 @@ class key_bounds {
       for (index_t t = tokens.begin; t < tokens.end; ++t) {
         const auto x = static_cast<A>(key_at(panel, t, d, head_dim_));
         const bool bounded = std::abs(x) < infinity;  // not NaN, either
-        high = bounded ? std::max(high, x) : infinity, low = bounded ? std::min(low, x) : -infinity;
+        high = bounded ? (std::max)(high, x) : infinity, low = bounded ? (std::min)(low, x) : -infinity;
       }
       most[d] = rounded_up(high), least[d] = -rounded_up(-low);
       for (const A x : {std::abs(static_cast<A>(most[d])), std::abs(static_cast<A>(least[d]))})
-        largest = x < infinity ? std::max(largest, x) : largest;
+        largest = x < infinity ? (std::max)(largest, x) : largest;
     }
     largest_[page] = largest;
   }
@@ -165,3 +167,5 @@ class key_bounds {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -19,7 +19,7 @@ class key_tiles {
  public:
   constexpr key_tiles() noexcept = default;
   constexpr key_tiles(key_range all, key_range gone = {0, 0}) noexcept : all_(all) {
-    gone = {std::max(gone.begin, all.begin), std::min(gone.end, all.end)};
+    gone = {(std::max)(gone.begin, all.begin), (std::min)(gone.end, all.end)};
     if (all.size() == 0) {
       all_ = {0, 0};
     } else if (gone.size() > 0) {
@@ -46,12 +46,12 @@ class key_tiles {
   [[nodiscard]] constexpr key_range split(index_t n) const noexcept {
     index_t number = all_.begin / split_tiles + n;
     if (const key_range none = gone_splits(); none.size() > 0 && number >= none.begin) number += none.size();
-    return {std::max(all_.begin, number * split_tiles), std::min(all_.end, (number + 1) * split_tiles)};
+    return {(std::max)(all_.begin, number * split_tiles), (std::min)(all_.end, (number + 1) * split_tiles)};
   }
   /// Of some tiles in a row, those that are read: before what is gone, and after.
   [[nodiscard]] constexpr std::array<key_range, 2> read_of(key_range some) const noexcept {
     if (gone_.size() == 0) return {some, {0, 0}};
-    return {key_range{some.begin, std::min(some.end, gone_.begin)}, {std::max(some.begin, gone_.end), some.end}};
+    return {key_range{some.begin, (std::min)(some.end, gone_.begin)}, {(std::max)(some.begin, gone_.end), some.end}};
   }
 
   [[nodiscard]] friend constexpr bool operator==(const key_tiles&, const key_tiles&) = default;

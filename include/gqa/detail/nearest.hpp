@@ -110,7 +110,7 @@ class packed_centres {
           if (i > 0 && !(largest > best[r])) continue;
           best[r] = largest;
           // (Rows or centres of NaN may compare equal where there is no centre.)
-          nearest[first + r] = std::min(i * tile_tokens + first_equal(row, largest), count_ - 1);
+          nearest[first + r] = (std::min)(i * tile_tokens + first_equal(row, largest), count_ - 1);
         }
       }
     }

@@ -29,6 +29,8 @@
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -181,3 +183,5 @@ template <class A>
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

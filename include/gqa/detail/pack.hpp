@@ -71,7 +71,7 @@ template <class F>
 void for_each_panel(index_t begin, index_t end, const F& f) {
   for (index_t t = begin; t < end;) {
     const index_t first = t / panel_tokens * panel_tokens;
-    const panel_range part{t - first, std::min(end - first, panel_tokens)};
+    const panel_range part{t - first, (std::min)(end - first, panel_tokens)};
     f(first, part);
     t = first + part.end;
   }
@@ -166,7 +166,7 @@ void values_of_keys(const P* keys, index_t value_dim, P* values) noexcept {
     for (; pair_dim + 2 * panel_tokens <= value_dim; pair_dim += 2 * panel_tokens)
       transpose_pairs(keys + key_index<P>(0, pair_dim),
                       reinterpret_cast<std::uint16_t*>(values + value_index<P>(0, pair_dim, value_dim)),
-                      2 * std::min(value_block, padded_value_dim(value_dim) - pair_dim / value_block * value_block));
+                      2 * (std::min)(value_block, padded_value_dim(value_dim) - pair_dim / value_block * value_block));
   }
 #endif
   for (index_t e = pair_dim; e < square_dim; e += width) {

@@ -36,6 +36,8 @@
 #include <gqa/detail/tile.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -152,9 +154,9 @@ class page_ranker {
     const index_t padded = round_up(shape_.pages, panel_tokens);
     std::fill_n(rank_, padded, A{0});
     for (index_t r = 0; r < shape_.rows; ++r) {
-      const double allowed = std::max(limit(r), std::numeric_limits<double>::min());
-      const auto most = static_cast<double>(std::numeric_limits<A>::max());
-      const packet<A> factor = broadcast(static_cast<A>(std::min(1 / allowed, most)));
+      const double allowed = (std::max)(limit(r), (std::numeric_limits<double>::min)());
+      const auto most = static_cast<double>((std::numeric_limits<A>::max)());
+      const packet<A> factor = broadcast(static_cast<A>((std::min)(1 / allowed, most)));
       const A* const masses = mass_ + r * padded_bounds(shape_);
       for (index_t page = 0; page < padded; page += width)
         store(rank_ + page, max_or_nan(mul<A>(load(masses + page), factor), load(rank_ + page)));
@@ -165,9 +167,9 @@ class page_ranker {
       return static_cast<index_t>(std::bit_cast<bits>(rank_[page]) >> (std::numeric_limits<A>::digits - 4));
     };
     index_t largest = 0;
-    for (index_t n = 0; n < unread_; ++n) largest = std::max(largest, eighths_of(order_[n]));
+    for (index_t n = 0; n < unread_; ++n) largest = (std::max)(largest, eighths_of(order_[n]));
     const auto bin_of = [&](std::int32_t page) {
-      return static_cast<std::size_t>(std::min(largest - eighths_of(page), bins - 1));
+      return static_cast<std::size_t>((std::min)(largest - eighths_of(page), bins - 1));
     };
     std::array<index_t, bins + 1> starts{};
     for (index_t n = 0; n < unread_; ++n) ++starts[bin_of(order_[n]) + 1];
@@ -194,7 +196,7 @@ class page_ranker {
         sum += static_cast<double>(mass_of(r, order_[n - 1]));
         if (!(sum <= allowed)) break;
       }
-      needed = std::max(needed, n);
+      needed = (std::max)(needed, n);
     }
     return needed;
   }
@@ -233,3 +235,5 @@ class page_ranker {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -40,6 +40,8 @@
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -191,7 +193,7 @@ class page_reader {
       head_task measured{head_of(n / shape.kv_heads, n % shape.kv_heads), {}, {}, {}};
       const key_range tiles = measured.of.tiles;
       measured.pages = {tiles.begin * pages_of_tile(),
-                        std::min(tiles.end * pages_of_tile(), ceil_div(measured.of.keys, page_tokens()))};
+                        (std::min)(tiles.end * pages_of_tile(), ceil_div(measured.of.keys, page_tokens()))};
       const std::size_t own =
           measured.ranker.carve(rankers, {measured.of.rows, measured.pages.size(), bounds_.bounds_of_page()});
       used += own;
@@ -209,7 +211,7 @@ class page_reader {
   }
   /// Elements of a row of queries as they are loaded: of 8 bits with their scales.
   [[nodiscard]] index_t row_elements() const noexcept {
-    return std::max(round_up(problem_.shape.head_dim, 64) + 64, q8_query_layout(problem_.shape.head_dim).bytes());
+    return (std::max)(round_up(problem_.shape.head_dim, 64) + 64, q8_query_layout(problem_.shape.head_dim).bytes());
   }
   [[nodiscard]] bounded_head head_of(index_t b, index_t g) const noexcept {
     const call_shape& shape = problem_.shape;
@@ -278,8 +280,8 @@ class page_reader {
     const auto take = [&](index_t page) { t.ranker.take(page), t.round.add(t.pages.begin + page); };
     const auto take_keys = [&](key_range some) {
       if (some.size() == 0) return;
-      const index_t begin = std::max(floor_div(some.begin, page_tokens()), t.pages.begin);
-      const index_t end = std::min(ceil_div(std::max<index_t>(some.end, 0), page_tokens()), t.pages.end);
+      const index_t begin = (std::max)(floor_div(some.begin, page_tokens()), t.pages.begin);
+      const index_t end = (std::min)(ceil_div(std::max<index_t>(some.end, 0), page_tokens()), t.pages.end);
       for (index_t page = begin; page < end; ++page) take(page - t.pages.begin);
     };
     bounds_.weigh(t.of, t.ranker, take);
@@ -287,7 +289,7 @@ class page_reader {
     if (options_.window > 0) take_keys({t.of.offset - options_.window + 1, t.of.offset + problem_.shape.q_len});
     t.ranker.drop_taken();
     t.ranker.sort([&](index_t r) { return t.ranker.total(r); });
-    take_first(t, std::min(pages_of_a_round(t.pages.size()), budget_of(t)));
+    take_first(t, (std::min)(pages_of_a_round(t.pages.size()), budget_of(t)));
   }
 
   /// What row r has read, in the unit of its masses; no more than that, whatever its sums rounded.
@@ -298,7 +300,7 @@ class page_reader {
     const double weights = sums_in_lanes<L> ? 0x1p-8 : 0;
     const index_t sums = 256 + kv_.kv_len() / split_tokens;
     const double off = weights + score_bound<A, L>::unit * (static_cast<double>(sums) + 8 * std::abs(lse));
-    return std::exp2(lse * std::numbers::log2e - static_cast<double>(t.ranker.unit(r))) * std::max(1 - off, 0.0);
+    return std::exp2(lse * std::numbers::log2e - static_cast<double>(t.ranker.unit(r))) * (std::max)(1 - off, 0.0);
   }
   void choose_next(head_task& t) noexcept {
     std::uint8_t& wants = wants_more_[&t - tasks_];
@@ -312,10 +314,10 @@ class page_reader {
     const index_t needed = t.ranker.count_needed(limit), unread = t.ranker.unread();
     // What is needed by loose bounds shrinks as more is read, so only a half of it is, unless hardly anything could be
     // spared.
-    const index_t least = std::min(needed, pages_of_a_round(t.pages.size()));
+    const index_t least = (std::min)(needed, pages_of_a_round(t.pages.size()));
     const bool all = Bounds::are_tight || 4 * needed >= 3 * unread;
-    const index_t next = all ? needed : std::max(needed / 2, least);
-    const index_t count = std::min(next, budget_of(t));
+    const index_t next = all ? needed : (std::max)(needed / 2, least);
+    const index_t count = (std::min)(next, budget_of(t));
     if (count == 0) return;
     wants = 1;
     take_first(t, count);
@@ -403,3 +405,5 @@ void attend_pages(const Queries& q, const Source& kv, const From& from, const Ou
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

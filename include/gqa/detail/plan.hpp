@@ -99,7 +99,7 @@ struct call_plan {
 
 /// Rows that a visit of a family's fullest row tile counts for.
 [[nodiscard]] inline index_t weight_of(const family_request& s) noexcept {
-  return std::max(s.most_rows, least_rows);
+  return (std::max)(s.most_rows, least_rows);
 }
 
 /// Visits of its fullest row tile.
@@ -116,8 +116,8 @@ struct call_plan {
            static_cast<double>(request.packed_tile_bytes);
   };
   const auto all = static_cast<double>(request.kv_heads);
-  const double fit = packed_bytes / std::max(bytes_of_head(first), 1.0);
-  if (fit < all) return {first, first + 1, std::max(static_cast<index_t>(fit), index_t{1})};
+  const double fit = packed_bytes / (std::max)(bytes_of_head(first), 1.0);
+  if (fit < all) return {first, first + 1, (std::max)(static_cast<index_t>(fit), index_t{1})};
   double bytes = 0;
   index_t end = first;
   for (; end < request.families && bytes + all * bytes_of_head(end) <= packed_bytes; ++end)
@@ -139,8 +139,8 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
     const double states_of_all =
         static_cast<double>(plan.families.size()) * static_cast<double>(longest.asks.tiles.splits());
     const bool may_split = heads * states_of_all * static_cast<double>(request.state_bytes) <= split_state_bytes;
-    const index_t tiles = std::max(longest.asks.tiles.size(), index_t{1});
-    const index_t least_of_task = (may_split ? std::min(tiles, split_tiles) : tiles) * weight_of(longest.asks);
+    const index_t tiles = (std::max)(longest.asks.tiles.size(), index_t{1});
+    const index_t least_of_task = (may_split ? (std::min)(tiles, split_tiles) : tiles) * weight_of(longest.asks);
     plan.bundle = static_cast<index_t>(std::clamp(most_of_task / static_cast<double>(least_of_task), 1.0, heads));
     while (request.kv_heads % plan.bundle != 0) --plan.bundle;
   }
@@ -158,8 +158,8 @@ inline void divide_wave(call_plan& plan, const plan_wave& wave) noexcept {
     tasks += f.tasks, slots += f.slots, merges += f.merges;
     if (apart) states += f.tasks;
   }
-  plan.most_slots = std::max(plan.most_slots, wave.heads * slots);
-  plan.most_states = std::max(plan.most_states, wave.heads * states);
+  plan.most_slots = (std::max)(plan.most_slots, wave.heads * slots);
+  plan.most_states = (std::max)(plan.most_states, wave.heads * states);
 }
 
 /// The plan of a call: the context's last one if it fits, else a new one in its place. asks_of(n) is what family n

@@ -24,7 +24,7 @@ namespace gqa::detail {
 class pool_executor {
  public:
   explicit pool_executor(Eigen::ThreadPoolInterface& pool) : pool_(pool), state_(new state) {
-    const index_t helpers = std::max(pool.NumThreads(), 1) - 1;
+    const index_t helpers = (std::max)(pool.NumThreads(), 1) - 1;
     state_->free_workers.reserve(static_cast<std::size_t>(helpers));
     for (index_t worker = helpers; worker >= 1; --worker) state_->free_workers.push_back(worker);
     concurrency_ = helpers + 1;
@@ -44,7 +44,7 @@ class pool_executor {
       s.job = &task;
       s.tasks = tasks;
       s.next.store(0, std::memory_order_relaxed);
-      missing = std::max<index_t>(std::min(concurrency_, tasks) - 1 - s.queued, 0);
+      missing = std::max<index_t>((std::min)(concurrency_, tasks) - 1 - s.queued, 0);
       s.queued += missing;
       s.references += missing;
     }

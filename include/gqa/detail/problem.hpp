@@ -23,6 +23,8 @@
 #include <gqa/rope_turns.hpp>
 #include <gqa/tensor_view.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -176,7 +178,7 @@ struct problem {
   [[nodiscard]] index_t group_size(index_t g) const noexcept { return first_head_after(g) - first_head(g); }
   [[nodiscard]] index_t largest_group() const noexcept {
     index_t largest = 0;
-    for (index_t g = 0; g < shape.kv_heads; ++g) largest = std::max(largest, group_size(g));
+    for (index_t g = 0; g < shape.kv_heads; ++g) largest = (std::max)(largest, group_size(g));
     return largest;
   }
 
@@ -212,3 +214,5 @@ struct problem {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

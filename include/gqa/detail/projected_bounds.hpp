@@ -31,6 +31,8 @@
 #include <gqa/projected_keys.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -58,7 +60,7 @@ class projected_bounds<L, projected_keys<S>> {
   projected_bounds(const problem<A, L>& p, const score_bound<A, L>& scores, const source& keys) noexcept
       : scores_(scores), keys_(keys), head_dim_(p.shape.head_dim) {
     for (index_t b = 0; b < p.shape.batch; ++b)
-      for (index_t g = 0; g < p.shape.kv_heads; ++g) channels_ = std::max(channels_, keys.of(b, g).channels());
+      for (index_t g = 0; g < p.shape.kv_heads; ++g) channels_ = (std::max)(channels_, keys.of(b, g).channels());
   }
 
   static constexpr bool are_tight = true;  // whether scores are near them
@@ -190,3 +192,5 @@ class projected_bounds<L, projected_keys<S>> {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

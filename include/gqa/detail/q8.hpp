@@ -24,6 +24,8 @@
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -103,7 +105,7 @@ void encode_query(const Q* row, index_t dim, double factor, q8* to) noexcept {
   const q8_query_layout layout(dim);
   for (index_t n = 0; n < layout.blocks; ++n) {
     const index_t first = n * scale_channels;
-    const q8_block block = encode_block(row + first, std::min(scale_channels, dim - first), factor);
+    const q8_block block = encode_block(row + first, (std::min)(scale_channels, dim - first), factor);
     const auto scale = static_cast<float>(block.scale);
     std::int32_t offset = 0;
     for (const std::int8_t element : block.elements) offset -= 128 * std::int32_t{element};
@@ -123,9 +125,9 @@ void pack_key_panel(const T* rows, index_t stride, panel_range tokens, index_t d
   for (index_t t = tokens.begin; t < tokens.end; ++t) {
     const T* const row = rows + (t - tokens.begin) * stride;
     for (index_t first = 0; first < dim; first += scale_channels) {
-      q8_block block = encode_block(row + first, std::min(scale_channels, dim - first));
+      q8_block block = encode_block(row + first, (std::min)(scale_channels, dim - first));
       for (std::int8_t& element : block.elements) element = static_cast<std::int8_t>(element ^ -128);
-      const index_t end = std::min(scale_channels, round_up(dim, lane_elements<q8>) - first);
+      const index_t end = (std::min)(scale_channels, round_up(dim, lane_elements<q8>) - first);
       for (index_t d = 0; d < end; d += lane_elements<q8>)
         std::memcpy(panel + key_index<q8>(t, first + d), block.elements + d, lane_elements<q8>);
       std::memcpy(static_cast<void*>(panel + key_scale_index(t, first, dim)), &block.scale, sizeof(block.scale));
@@ -143,7 +145,7 @@ template <class T>
   for (index_t t = tokens.begin; t < tokens.end; ++t) {
     const T* const row = rows + (t - tokens.begin) * stride;
     for (index_t first = 0; first < dim; first += scale_channels) {
-      const index_t count = std::min(scale_channels, dim - first);
+      const index_t count = (std::min)(scale_channels, dim - first);
       const q8_block block = encode_block(row + first, count);
       nonfinite = nonfinite || Eigen::numext::isnan(block.scale);
       q8* const to = panel + value_index<q8>(t, first, dim);  // a block of 32 lies within one of 64
@@ -180,3 +182,5 @@ inline void keep_values(const q8* panel, std::uint64_t bits, index_t columns, q8
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -206,7 +206,7 @@ void value_q8_block(const q8_operands& op) noexcept {
   constexpr int blocks = most / 2;
   std::array<q8_weights<Rows>, 2> weights;
   for (index_t block = 0; block < op.value_dim; block += value_block) {
-    const index_t columns = std::min(value_block, op.value_dim - block);
+    const index_t columns = (std::min)(value_block, op.value_dim - block);
     for (index_t column = 0; column < columns; column += most * panel_tokens) {
       const index_t left = std::min<index_t>((columns - column) / panel_tokens, most);
       for (int n = 0; n < blocks && 2 * n < left; ++n)

@@ -65,7 +65,7 @@ template <class P>
   for (const auto* const some : {&next.k, &next.v}) to = std::copy_n(some->data(), next_panels, to);
   const index_t later = std::clamp<index_t>(read_ahead_bytes<P> / panel_bytes, 1, 2 * tile_panels);
   const auto bytes_from = [&](index_t n) {
-    const index_t then = std::min(n + later, 2 * (panels + next_panels) - 1);
+    const index_t then = (std::min)(n + later, 2 * (panels + next_panels) - 1);
     return reinterpret_cast<std::intptr_t>(in_order[static_cast<std::size_t>(then)]) -
            reinterpret_cast<std::intptr_t>(in_order[static_cast<std::size_t>(n)]);
   };

@@ -28,7 +28,7 @@ class row_cut {
       : block_(block),
         queries_(queries),
         lead_(offset - floor_div(offset, block) * block),
-        parts_(std::max<index_t>(ceil_div(std::min(queries, block) * largest_group, row_tile_rows), 1)),
+        parts_(std::max<index_t>(ceil_div((std::min)(queries, block) * largest_group, row_tile_rows), 1)),
         tiles_(ceil_div(lead_ + queries, block) * parts_) {
     if (queries == 0) tiles_ = 0;
   }
@@ -42,10 +42,10 @@ class row_cut {
       return {first, std::clamp<index_t>(rows - first, 0, row_tile_rows)};
     }
     const index_t begin = std::max<index_t>(i / parts_ * block_ - lead_, 0);
-    const index_t end = std::min((i / parts_ + 1) * block_ - lead_, queries_);
+    const index_t end = (std::min)((i / parts_ + 1) * block_ - lead_, queries_);
     const index_t in_block = (end - begin) * group;
-    const index_t first = std::min(i % parts_ * row_tile_rows, in_block);
-    return {begin * group + first, std::min(in_block - first, row_tile_rows)};
+    const index_t first = (std::min)(i % parts_ * row_tile_rows, in_block);
+    return {begin * group + first, (std::min)(in_block - first, row_tile_rows)};
   }
 
  private:

@@ -124,7 +124,7 @@ class row_grouper {
 
   row_grouper(const point_rows<A>& rows, const grouping_options& options, index_t given, context& ctx) noexcept
       : x_(rows), options_(options), ctx_(ctx), given_count_(given) {
-    most_ = options.groups == 0 ? rows.count : std::min(options.groups, rows.count);
+    most_ = options.groups == 0 ? rows.count : (std::min)(options.groups, rows.count);
     if (given > 0) most_ = given;
   }
 
@@ -155,7 +155,7 @@ class row_grouper {
   template <class F>
   void for_each_chunk(index_t work, const F& f) const {
     for_each(chunks(), chunk_rows * work, [&](index_t chunk, index_t) {
-      f(chunk, chunk * chunk_rows, std::min((chunk + 1) * chunk_rows, x_.count));
+      f(chunk, chunk * chunk_rows, (std::min)((chunk + 1) * chunk_rows, x_.count));
     });
   }
 
@@ -196,7 +196,7 @@ class row_grouper {
   /// other, and rows near each other are near in angle. M: the longest row.
   [[nodiscard]] double projection(index_t i) const noexcept {
     double sum =
-        std::sqrt(std::max(longest_ - squared_norm(x_.row(i)), 0.0)) * static_cast<double>(directions_[x_.dim]);
+        std::sqrt((std::max)(longest_ - squared_norm(x_.row(i)), 0.0)) * static_cast<double>(directions_[x_.dim]);
     for (index_t d = 0; d < x_.dim; ++d) sum += static_cast<double>(x_.row(i)[d]) * static_cast<double>(directions_[d]);
     return sum;
   }
@@ -219,7 +219,7 @@ class row_grouper {
       const index_t centre = centres_[count_] = next;
       for (index_t j = 0; j < count_; ++j) apart_[j] = squared_distance(x_.row(centres_[j]), x_.row(centre), x_.dim);
       for_each(ceil_div(rows, chunk_rows), chunk_rows * x_.dim, [&](index_t chunk, index_t) {
-        move_to_centre(centre, chunk * chunk_rows, std::min((chunk + 1) * chunk_rows, rows));
+        move_to_centre(centre, chunk * chunk_rows, (std::min)((chunk + 1) * chunk_rows, rows));
       });
       near_[centre] = A{0}, labels_[centre] = count_;
       next = farthest(rows, limit);
@@ -278,7 +278,7 @@ class row_grouper {
       for (index_t i = begin; i < end; ++i) luck_[i] = -1 / std::log(to_uniform(hash_of(i))), near_[i] = A{1};
     });
     // Without luck a row is hardly ever drawn: the luckiest are enough, and save most of the distances.
-    const index_t rows = list_finite(), lucky = std::min(rows, seeds_drawn_from * most_);
+    const index_t rows = list_finite(), lucky = (std::min)(rows, seeds_drawn_from * most_);
     std::nth_element(order_, order_ + lucky, order_ + rows,
                      [this](index_t i, index_t j) { return luck_[i] > luck_[j]; });
     if (rows == 0) return;
@@ -383,11 +383,11 @@ class row_grouper {
   template <class Key>
   void by_order(const Key& key) {
     const index_t rows = list_finite();
-    for (index_t n = 0; n < rows; ++n) longest_ = std::max(longest_, squared_norm(x_.row(order_[n])));
+    for (index_t n = 0; n < rows; ++n) longest_ = (std::max)(longest_, squared_norm(x_.row(order_[n])));
     for (index_t n = 0; n < rows; ++n) luck_[order_[n]] = key(order_[n]);
     std::sort(order_, order_ + rows,
               [this](index_t i, index_t j) { return luck_[i] != luck_[j] ? luck_[i] < luck_[j] : i < j; });
-    count_ = std::min(most_, rows);
+    count_ = (std::min)(most_, rows);
     for (index_t n = 0; n < rows; ++n) labels_[order_[n]] = n * count_ / rows;
   }
 
@@ -454,7 +454,7 @@ class row_grouper {
   [[nodiscard]] A radius_about(index_t j, const A* point) const noexcept {
     double largest = 0;
     for (index_t m = offsets_[j]; m < offsets_[j + 1]; ++m)
-      largest = std::max(largest, distance_from(order_[m], point));
+      largest = (std::max)(largest, distance_from(order_[m], point));
     const double up = largest * (1 + (static_cast<double>(x_.dim) + 4) * 0x1p-53);
     const A radius = static_cast<A>(up);
     return static_cast<double>(radius) < up ? std::nextafter(radius, std::numeric_limits<A>::infinity()) : radius;

@@ -26,6 +26,8 @@
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/tile_kernel.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -228,3 +230,5 @@ struct row_kernels {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

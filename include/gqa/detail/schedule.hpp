@@ -116,8 +116,8 @@ class scheduler {
       return rows;
     };
     index_t most_rows = 0;
-    for (index_t n = 0; n < families_.count(); ++n) most_rows = std::max(most_rows, rows_of(n));
-    tile_rows_ = std::min(most_rows, row_tile_rows);
+    for (index_t n = 0; n < families_.count(); ++n) most_rows = (std::max)(most_rows, rows_of(n));
+    tile_rows_ = (std::min)(most_rows, row_tile_rows);
     // A bundle's row tiles have all rows of their KV heads.
     bool single_tiles = true;
     for (index_t n = 0; n < families_.count() && has_query_blocks<Variant>; ++n)
@@ -131,7 +131,7 @@ class scheduler {
                                heads_lie_together(kv_) && most_rows <= bundle_rows && single_tiles};
     const auto asks_of = [&](index_t n) -> family_request {
       const family f = families_[n];
-      return {engine_.tiles_of(f.members), cut_of(f, rows_of(n)).tiles(), std::min(rows_of(n), row_tile_rows)};
+      return {engine_.tiles_of(f.members), cut_of(f, rows_of(n)).tiles(), (std::min)(rows_of(n), row_tile_rows)};
     };
     const auto visits_of = [&](index_t n) {
       const family f = families_[n];
@@ -143,14 +143,14 @@ class scheduler {
           const auto [first, count] = cut.tile(i, largest_group_, rows_of(n));
           if (count == 0) continue;
           visits += engine_.tiles_of(b, first / largest_group_, (first + count - 1) / largest_group_).size() *
-                    std::max(count, least_rows);
+                    (std::max)(count, least_rows);
         }
         return visits;
       }
       for (std::size_t m = 0; m < f.members.size(); ++m) {
         const index_t rows = most_rows_of(f.members[m]);
-        const index_t tiles = engine_.tiles_of(f.members.subspan(m, 1)).size(), shared = std::min(f.shared[m], tiles);
-        visits += shared * rows + (tiles - shared) * std::max(rows, least_rows);
+        const index_t tiles = engine_.tiles_of(f.members.subspan(m, 1)).size(), shared = (std::min)(f.shared[m], tiles);
+        visits += shared * rows + (tiles - shared) * (std::max)(rows, least_rows);
       }
       return visits;
     };
@@ -247,7 +247,7 @@ class scheduler {
       const index_t g = w.first_head + at.head;
       if (problem_.group_size(g) == 0) return;
       const index_t begin = f.asks.tiles.begin() + at.n,
-                    end = std::min(begin + tiles_packed_together, f.asks.tiles.end());
+                    end = (std::min)(begin + tiles_packed_together, f.asks.tiles.end());
       for (const key_range some : f.asks.tiles.read_of({begin, end})) {
         for (index_t i = some.begin; i < some.end; ++i) {
           const index_t slot = slot_of(w, f, g, i);
@@ -409,7 +409,7 @@ class scheduler {
     const index_t common = alone ? tiles.end : *std::min_element(f.shared.begin() + 1, f.shared.end());
     const index_t end = std::clamp(common, tiles.begin, tiles.end);
     const key_tiles seen = engine_.tiles_of(m.rows);
-    const key_range together{std::max(tiles.begin, seen.begin()), std::min(end, seen.end())};
+    const key_range together{(std::max)(tiles.begin, seen.begin()), (std::min)(end, seen.end())};
     if (together.size() > 0) attend_tiles(std::span(&m, 1), together, tile_at);
     if (end == tiles.end) return;
     for (std::size_t first = 0, next = 0; first < f.members.size(); first = next) {
@@ -437,7 +437,7 @@ class scheduler {
       if (members.size() == 1) i = engine_.stream(members[0].rows, {i, tiles.end}, members[0].w, members[0].states);
       if (i == tiles.end) break;
       const bool runs = in_place.begin <= i && i < in_place.end;
-      const key_range run{i, runs ? std::min({i + run_tiles, in_place.end, tiles.end}) : i + 1};
+      const key_range run{i, runs ? (std::min)({i + run_tiles, in_place.end, tiles.end}) : i + 1};
       if (runs) attend_in_place(members, run);
       for (; i < run.end; ++i) {
         for (member& m : members) {
@@ -496,7 +496,7 @@ void scheduler<Source, Variant, L>::run() {
   const index_t kv_heads = problem_.shape.kv_heads;
   for (const plan_wave& planned : plan_->waves) {
     for (index_t g = 0; g < kv_heads; g += planned.heads) {
-      const wave w{planned.first, planned.end, g, std::min(planned.heads, kv_heads - g)};
+      const wave w{planned.first, planned.end, g, (std::min)(planned.heads, kv_heads - g)};
       pack(w);
       attend(w);
       merge_apart(w);

@@ -20,6 +20,8 @@
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -102,3 +104,5 @@ class score_rules {
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -144,7 +144,7 @@ template <class P>
 [[nodiscard]] constexpr index_t value_index(index_t t, index_t e, index_t value_dim) noexcept {
   constexpr index_t p = value_lane_elements<P>;
   const index_t block = e / value_block * value_block;
-  const index_t columns = std::min(value_block, padded_value_dim(value_dim) - block);
+  const index_t columns = (std::min)(value_block, padded_value_dim(value_dim) - block);
   return block * panel_tokens + (t / p * columns + e - block) * p + t % p;
 }
 

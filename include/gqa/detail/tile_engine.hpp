@@ -141,7 +141,7 @@ class tile_engine {
   [[nodiscard]] index_t out_stride() const noexcept { return padded_value_dim(problem_.shape.value_dim); }
   /// Rows of scores in a workspace for row tiles of up to `rows` rows.
   [[nodiscard]] static constexpr index_t score_rows(index_t rows) noexcept {
-    return has_rows ? std::max(rows, run_tiles * std::min<index_t>(rows, block_rows)) : rows;
+    return has_rows ? (std::max)(rows, run_tiles * std::min<index_t>(rows, block_rows)) : rows;
   }
 
   [[nodiscard]] index_t length(index_t b) const noexcept { return problem_.length(kv_, b); }
@@ -164,7 +164,7 @@ class tile_engine {
     key_range seen{interval_.keys_of(offset + first, keys).begin, interval_.keys_of(offset + last, keys).end};
     if constexpr (bounds_keys<Variant>) {
       const key_range bound = variant_.keys({offset + first, offset + last + 1});
-      seen = {std::max(seen.begin, bound.begin), std::min(seen.end, bound.end)};
+      seen = {(std::max)(seen.begin, bound.begin), (std::min)(seen.end, bound.end)};
     }
     if (seen.size() == 0) return {};
     const key_range tiles{seen.begin / tile_tokens, ceil_div(seen.end, tile_tokens)};
@@ -182,7 +182,7 @@ class tile_engine {
       const key_tiles own = tiles_of(b, 0, problem_.q_len(b) - 1);
       if (own.size() == 0) continue;
       all = all.size() == 0 ? key_range{own.begin(), own.end()}
-                            : key_range{std::min(all.begin, own.begin()), std::max(all.end, own.end())};
+                            : key_range{(std::min)(all.begin, own.begin()), (std::max)(all.end, own.end())};
     }
     return all;
   }
@@ -206,7 +206,7 @@ class tile_engine {
   }
   /// The same of the rows of one sequence, `rows`, which has so many keys.
   [[nodiscard]] visibility find_block_visible(key_block rows, index_t keys, key_range tiles) const {
-    rows.key_begin = tiles.begin * tile_tokens, rows.key_end = std::min(tiles.end * tile_tokens, keys);
+    rows.key_begin = tiles.begin * tile_tokens, rows.key_end = (std::min)(tiles.end * tile_tokens, keys);
     return variant_.visible(rows);
   }
   /// A tile's rows of sequence b, and no keys.
@@ -222,7 +222,7 @@ class tile_engine {
 
   /// Valid tokens of a key tile.
   [[nodiscard]] index_t tokens_of(index_t b, index_t tile) const noexcept {
-    return std::min(tile_tokens, length(b) - tile * tile_tokens);
+    return (std::min)(tile_tokens, length(b) - tile * tile_tokens);
   }
 
   void load_queries(const row_tile& t, workspace& w) const noexcept {
@@ -280,7 +280,7 @@ class tile_engine {
     index_t i = tiles.begin;
     if (!streams_ || !(hides_blocks<Variant> || sees_intervals(t)) || problem_.options.mask) return i;
     if (t.rows > stream_rows<A> || i < w.whole.begin) return i;
-    const index_t end = std::min(tiles.end, w.whole.end);
+    const index_t end = (std::min)(tiles.end, w.whole.end);
     if (i >= end) return i;
     w.all_seen = true;
     if constexpr (shows_panels<Variant>) {
@@ -430,7 +430,7 @@ class tile_engine {
     index_t of_member = 0;  // its first row
     for (std::size_t n = 0; n < t.members.size() && of_member < end; ++n) {
       const index_t b = t.members[n], rows = t.members.size() == 1 ? t.rows : rows_of(b, t.g);
-      const index_t from = std::max(begin, of_member), to = std::min(end, of_member + rows);
+      const index_t from = (std::max)(begin, of_member), to = (std::min)(end, of_member + rows);
       if (from < to) {
         row_index row = index_of(b, t.g, t.first + from - of_member);
         for (index_t r = from; r < to; ++r) {
@@ -466,8 +466,8 @@ class tile_engine {
       // Interval ends grow with the position: the last row's begin and the first row's end bound all rows.
       const index_t begin = interval_.keys_of(offset + queries.last, keys).begin;
       const index_t end = interval_.keys_of(offset + queries.first, keys).end;
-      whole = {std::max(whole.begin, ceil_div(begin, tile_tokens)),
-               std::min(whole.end, std::max<index_t>(end, 0) / tile_tokens)};
+      whole = {(std::max)(whole.begin, ceil_div(begin, tile_tokens)),
+               (std::min)(whole.end, std::max<index_t>(end, 0) / tile_tokens)};
     }
     return whole;
   }
@@ -654,14 +654,14 @@ class tile_engine {
     if (keys >= fetched_.all_keys && values >= fetched_.all_values) return at_hand(tile);
     if constexpr (scattered) {
       const auto byte_of = [](const std::array<const P*, tile_panels>& panels, index_t all, index_t byte) {
-        const index_t panel = std::min(byte * tile_panels / all, tile_panels - 1);
+        const index_t panel = (std::min)(byte * tile_panels / all, tile_panels - 1);
         return fetched_from<P>{panels[static_cast<std::size_t>(panel)], byte - panel * (all / tile_panels)};
       };
       return {byte_of(next.k, fetched_.all_keys, keys), byte_of(next.v, fetched_.all_values, values)};
     } else {
       // Where values are made of keys, there are only those in memory.
       const index_t begin =
-          makes_tiles_in_cache ? std::min(blocks * fetched_.keys, fetched_.all_keys) : fetched_.all_keys;
+          makes_tiles_in_cache ? (std::min)(blocks * fetched_.keys, fetched_.all_keys) : fetched_.all_keys;
       return {{tile.next, keys}, {tile.next, begin + values}};
     }
   }

@@ -29,6 +29,8 @@
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
 
+GQA_BEGIN_PACKET_CODE
+
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
@@ -261,7 +263,7 @@ GQA_INLINE void for_each_value_column(index_t value_dim, const F& f) noexcept {
   const bool has_narrow = full * width < value_dim;
   index_t done = sums_in_lanes<L> ? Rows : 0;
   for (index_t block = 0; block < value_dim; block += value_block) {
-    const index_t columns = std::min(value_block, value_dim - block);
+    const index_t columns = (std::min)(value_block, value_dim - block);
     for_each_column_block<A, Most>(0, columns, [&]<int Vectors>(index_t column) {
       const auto call = [&]<int Weights>() {
         f.template operator()<Vectors, Weights>(value_place{block, columns, column, done});
@@ -427,3 +429,5 @@ void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_str
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail
+
+GQA_END_PACKET_CODE

@@ -130,7 +130,7 @@ class tiled_cache {
       for (index_t i = 0; i < tiles_for(lengths_[b]); ++i) {
         if (gone.begin <= i && i < gone.end) continue;
         for (index_t g = 0; g < kv_heads_; ++g)
-          update_bounds(b, g, i, {0, std::min(tile_tokens, lengths_[b] - i * tile_tokens)});
+          update_bounds(b, g, i, {0, (std::min)(tile_tokens, lengths_[b] - i * tile_tokens)});
       }
     }
   }
@@ -178,7 +178,7 @@ class tiled_cache {
 
   /// Tiles whose slots newer ones have taken.
   [[nodiscard]] key_range find_gone_tiles(index_t b) const noexcept {
-    return {slots_.kept, std::max(begun_[b] - slots_.turning, slots_.kept)};
+    return {slots_.kept, (std::max)(begun_[b] - slots_.turning, slots_.kept)};
   }
   [[nodiscard]] const cache_slots& slots() const noexcept { return slots_; }
 
@@ -220,7 +220,8 @@ class tiled_cache {
     const index_t at = tile_index(b, g, i);
     const T* const keys = tiles_ + at * elements_of_tile();
     for (index_t first = tokens.begin / page_tokens * page_tokens; first < tokens.end; first += page_tokens) {
-      const key_range written{std::max(tokens.begin - first, index_t{0}), std::min(tokens.end - first, page_tokens)};
+      const key_range written{(std::max)(tokens.begin - first, index_t{0}),
+                              (std::min)(tokens.end - first, page_tokens)};
       bounds_.update(at * (tile_tokens / page_tokens) + first / page_tokens, written, written.end,
                      [&](index_t n) { return keys + (first / panel_tokens + n) * key_panel_elements<T>(head_dim_); });
     }
@@ -319,7 +320,7 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, cons
       });
     }
     lengths_[b] = after;
-    begun_[b] = std::max(begun_[b], ceil_div(after, tile_tokens));
+    begun_[b] = (std::max)(begun_[b], ceil_div(after, tile_tokens));
   }
 }
 

@@ -87,11 +87,11 @@ void find_top_keys(const Source& kv, const A* q, index_t q_stride, index_t rows,
   std::array<best_keys<A>, most_rows> best;
   const index_t capacity = best_keys<A>::capacity(wanted);
   for (index_t begin = 0; begin < rows; begin += most_rows) {
-    const index_t end = std::min(begin + most_rows, rows);
+    const index_t end = (std::min)(begin + most_rows, rows);
     for (index_t r = begin; r < end; ++r)
       best[static_cast<std::size_t>(r - begin)] = best_keys<A>(taken + r * capacity, wanted);
     for (index_t first = 0; first < kv.length(0); first += tile_tokens) {
-      const index_t tokens = std::min(tile_tokens, kv.length(0) - first);
+      const index_t tokens = (std::min)(tile_tokens, kv.length(0) - first);
       const std::uint64_t visible = sees.visible_bits(position{0, 0, 0, first}) & bits_between(0, tokens);
       if (visible == 0) continue;
       const kv_tile<P> tile = kv.tile(0, 0, first / tile_tokens, tokens, nullptr);

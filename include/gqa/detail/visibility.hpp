@@ -19,12 +19,12 @@ inline namespace GQA_ISA {
 class interval_rule {
  public:
   interval_rule(bool causal, window_t window) noexcept
-      : left_(window.left < 0 ? unbounded : std::min(window.left, unbounded)),
-        right_(causal ? 0 : (window.right < 0 ? unbounded : std::min(window.right, unbounded))) {}
+      : left_(window.left < 0 ? unbounded : (std::min)(window.left, unbounded)),
+        right_(causal ? 0 : (window.right < 0 ? unbounded : (std::min)(window.right, unbounded))) {}
 
   /// Of the query at an absolute position (within 2^60), among `length` keys.
   [[nodiscard]] key_range keys_of(index_t query, index_t length) const noexcept {
-    return {std::max<index_t>(query - left_, 0), std::min(query + right_ + 1, length)};
+    return {std::max<index_t>(query - left_, 0), (std::min)(query + right_ + 1, length)};
   }
 
  private:

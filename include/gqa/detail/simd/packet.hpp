@@ -20,7 +20,13 @@
 
 // GCC says of every packet type that a template ignores its attributes (true and harmless), and of GCC 12's own
 // AVX-512 intrinsics that they read their undefined merge operand (https://gcc.gnu.org/PR105593).
-#if defined(__GNUC__) && !defined(__clang__)
+// Clang tells nobody when its flags let it reassociate (config.hpp refuses them of GCC), so there arithmetic that
+// relies on its order is kept in order by a pragma. It reaches the operators that stand between the two macros, and not
+// those in the bodies of intrinsics: sums, differences and quotients of packets are operators for this reason.
+#if defined(__clang__)
+#define GQA_BEGIN_PACKET_CODE _Pragma("float_control(precise, on, push)")
+#define GQA_END_PACKET_CODE _Pragma("float_control(pop)")
+#elif defined(__GNUC__)
 #define GQA_BEGIN_PACKET_CODE                                                               \
   _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wignored-attributes\"") \
       _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                 \
@@ -101,17 +107,17 @@ template <class A>
 
 template <class P>
 [[nodiscard]] inline P add(const P& a, const P& b) noexcept {
-  return Eigen::internal::padd(a, b);
+  return a + b;
 }
 
 template <class P>
 [[nodiscard]] inline P sub(const P& a, const P& b) noexcept {
-  return Eigen::internal::psub(a, b);
+  return a - b;
 }
 
 template <class P>
 [[nodiscard]] inline P div(const P& a, const P& b) noexcept {
-  return Eigen::internal::pdiv(a, b);
+  return a / b;
 }
 
 /// x with any NaN replaced by the one that is stored.
@@ -128,15 +134,15 @@ template <class A>
 /// a * b + c.
 template <class P>
 [[nodiscard]] inline P madd(const P& a, const P& b, const P& c) noexcept {
-  if constexpr (std::is_floating_point_v<P>) {
 #if GQA_FUSED
+  if constexpr (std::is_floating_point_v<P>) {
     return std::fma(a, b, c);
-#else
-    return a * b + c;
-#endif
   } else {
     return Eigen::internal::pmadd(a, b, c);
   }
+#else
+  return a * b + c;
+#endif
 }
 
 /// a * b, rounded once and for all.
@@ -145,7 +151,7 @@ template <class A>
 #if GQA_FUSED
   return madd(a, b, broadcast(A{-0.0}));
 #else
-  return Eigen::internal::pmul(a, b);
+  return a * b;
 #endif
 }
 
