@@ -364,6 +364,71 @@ TEST(Bias, OfMinusInfinityHides) {
   EXPECT_TRUE(matches(in));
 }
 
+// Only -inf hides a key: finite biases, however far down, are scores as others.
+TEST(Bias, OfTheLowestNumbersHidesNothing) {
+  constexpr float low = -3.4e38f;
+  for (const index_t keys : {70, 1100}) {
+    auto in = make_call({1, 2, keys, 2, 1, 16, 16}, with_bias);
+    for (auto& x : in.q.data()) x = 0;
+    for (auto& x : in.bias) x = -inf;
+    for (std::size_t row = 0; row < 4; ++row) in.bias[row * static_cast<std::size_t>(keys) + 66] = low;
+    const auto one = run(in);
+    for (index_t i = 0; i < 4 * 16; ++i)
+      EXPECT_EQ(one.out[static_cast<std::size_t>(i)], in.v.view()(0, 66, 0, i % 16)) << keys;
+    EXPECT_EQ(one.lse, std::vector<float>(4, low));
+
+    for (auto& x : in.bias) x = low;  // all alike
+    EXPECT_TRUE(matches(in));
+    EXPECT_EQ(run(in).lse, std::vector<float>(4, low));
+
+    for (auto& x : in.bias) x = -low;
+    EXPECT_TRUE(matches(in));
+    EXPECT_EQ(run(in).lse, std::vector<float>(4, -low));
+
+    for (auto& x : in.bias) x = low;  // one above all others
+    for (std::size_t row = 0; row < 4; ++row) in.bias[row * static_cast<std::size_t>(keys) + 3] = -low;
+    EXPECT_TRUE(matches(in));
+  }
+}
+
+// Nor does a sum that leaves the range of floats, of terms that do not.
+TEST(Bias, AddedToAScoreNeverBecomesInfinite) {
+  for (const float sign : {-1.0f, 1.0f}) {
+    auto in = make_call({1, 1, 70, 1, 1, 16, 16}, with_bias);
+    in.options.scale = 1.0;
+    for (auto& x : in.q.data()) x = 1e19f;
+    for (auto& x : in.k.data()) x = sign * 1e18f;  // scores of 1.6e38
+    for (auto& x : in.bias) x = -inf;
+    in.bias[5] = sign * 3e38f;
+    const auto got = run(in);
+    for (index_t e = 0; e < 16; ++e) EXPECT_EQ(got.out[static_cast<std::size_t>(e)], in.v.view()(0, 5, 0, e));
+  }
+}
+
+TEST(Alibi, OfTheLargestSlopesHidesNothing) {
+  auto in = make_call({1, 1, 3, 1, 1, 16, 16});
+  in.options.query_offset = 5;
+  const std::vector<float> slopes{3e38f};
+  in.options.alibi_slopes = slopes;
+  for (auto& x : in.v.data()) x = 1;
+  for (const float x : run(in).out) EXPECT_EQ(x, 1);
+}
+
+TEST(Sinks, OfTheLargestNumbers) {
+  for (const bool with_rules : {false, true}) {
+    auto in = make_call({1, 2, 70, 2, 1, 16, 16}, with_rules ? unsigned{with_softcap} : 0u);
+    const std::vector<float> sinks{3.4e38f, -3.4e38f};
+    in.options.sinks = sinks;
+    const auto got = run(in);
+    EXPECT_EQ(got.lse[0], 3.4e38f);
+    EXPECT_TRUE(all_zero({got.out.begin(), got.out.begin() + 16}));
+    in.options.sinks = {};
+    const auto without = run(in);
+    EXPECT_NEAR(static_cast<double>(got.lse[1]), static_cast<double>(without.lse[1]), 0x1p-21);
+    EXPECT_EQ(0, std::memcmp(&got.out[16], &without.out[16], 16 * sizeof(float)));
+  }
+}
+
 TEST(Scale, OfZeroAndBelow) {
   for (const double scale : {0.0, -0.3, -2.0}) {
     auto in = make_call({1, 4, 100, 4, 2, 16, 16}, with_causal);

@@ -149,5 +149,21 @@ TEST(Variants, WorkOverAKvSource) {
   EXPECT_EQ(out, expected);
 }
 
+// What a variant makes of scores may lie anywhere in the range of floats.
+struct far_below {
+  float score(float, const position& p) const {
+    return p.key == 66 ? -3.3e38f : -std::numeric_limits<float>::infinity();
+  }
+};
+TEST(Variant, ScoresOfTheLowestNumbersHideNothing) {
+  const operands<float, float> in(attention_case{{1, 2, 70, 2, 1, 16, 16}, 0, layout::bshd});
+  context ctx;
+  std::vector<float> out(2 * 2 * 16), lse(4);
+  const partial_state<float> state{view(out.data(), {1, 2, 2, 16}), tensor_view<float, 3>(lse.data(), {1, 2, 2})};
+  attention(in.q.view(), in.k.view(), in.v.view(), state, in.options, far_below{}, ctx);
+  for (index_t i = 0; i < 4 * 16; ++i) EXPECT_EQ(out[static_cast<std::size_t>(i)], in.v.view()(0, 66, 0, i % 16));
+  EXPECT_EQ(lse, std::vector<float>(4, -3.3e38f));
+}
+
 }  // namespace
 }  // namespace gqa::test

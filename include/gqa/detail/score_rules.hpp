@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// From products to base-2 scores: softcap, bias, ALiBi and a variant's own function.
+/// From products to scores: softcap, bias, ALiBi and a variant's own function.
 ///
-/// Plain attention needs none of it: scale and log2(e) are folded into the queries when they are loaded. Otherwise the
-/// queries carry the scale alone and each row of products takes the passes below. Queries held in 16 bits stay as they
+/// Plain attention needs none of it: scale and log2(e) are folded into the queries when they are loaded, and scores are
+/// logarithms to base 2. Otherwise the queries carry the scale alone, each row of products takes the passes below, and
+/// scores are to base e (score_base in online_softmax.hpp says why). Queries held in 16 bits stay as they
 /// are, for a factor would cost them a rounding: their products take it.
 #pragma once
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <numbers>
 #include <type_traits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
@@ -49,6 +52,7 @@ class score_rules {
         factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
 
   [[nodiscard]] bool is_plain() const noexcept { return plain_; }
+  [[nodiscard]] score_base base() const noexcept { return plain_ ? score_base::two : score_base::e; }
   /// Whether a score of -inf may be meant to hide its key.
   [[nodiscard]] bool may_hide() const noexcept { return scores<Variant, A> || options_.bias; }
   /// What queries are multiplied by, and what their products are. (0 times any product that is not NaN is 0, even of
@@ -68,12 +72,15 @@ class score_rules {
     if (options_.bias) {
       const index_t stride = options_.bias->stride(3);
       const float* const bias = mask_row(*options_.bias, row) + first_key * stride;
-      for (index_t c = first; c < last; ++c) s[c] += static_cast<A>(bias[c * stride]);
+      for (index_t c = first; c < last; ++c) {
+        const A added = static_cast<A>(bias[c * stride]);
+        s[c] = held(s[c] + added, s[c], added);
+      }
     }
     if (!options_.alibi_slopes.empty()) {
       const A slope = static_cast<A>(options_.alibi_slopes[static_cast<std::size_t>(row.q_head)]);
       for (index_t c = first; c < last; ++c)
-        s[c] = scalar_madd(slope, static_cast<A>(first_key + c - row.position), s[c]);
+        s[c] = held(scalar_madd(slope, static_cast<A>(first_key + c - row.position), s[c]), s[c], A{0});
     }
     if constexpr (scores<Variant, A>) {
       for (index_t c = first; c < last; ++c) {
@@ -81,13 +88,19 @@ class score_rules {
         s[c] = static_cast<A>(variant_.score(s[c], position{row.batch, row.q_head, row.position, first_key + c}));
       }
     }
-    const packet<A> log2e = broadcast(std::numbers::log2e_v<A>);
-    for (index_t c = begin; c < end; c += packet_size<A>) store(s + c, mul<A>(load(s + c), log2e));
   }
 
  private:
   static constexpr bool carries_factor =
       std::is_same_v<A, queries_of_left<L>> || std::is_same_v<queries_of_left<L>, q8>;  // in scales, there
+
+  /// A sum of two terms, at the end of the range of A where it has left it and they have not: only -inf hides a key.
+  [[nodiscard]] static A held(A sum, A first, A second) noexcept {
+    constexpr A most = (std::numeric_limits<A>::max)();
+    constexpr A least = -most;
+    if (sum < least && first >= least && second >= least) return least;
+    return sum > most && first <= most && second <= most ? most : sum;
+  }
 
   void cap(A* s, index_t begin, index_t end) const noexcept {
     const packet<A> cap = broadcast(static_cast<A>(options_.softcap));

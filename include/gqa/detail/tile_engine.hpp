@@ -348,7 +348,7 @@ class tile_engine {
   }
 
   void merge(const row_tile& t, const raw_states<A>& self, const raw_states<A>& other) const noexcept {
-    for (index_t r = 0; r < t.rows; ++r) merge_row(self, other, r, out_stride());
+    for (index_t r = 0; r < t.rows; ++r) merge_row(self, other, r, out_stride(), rules_.base());
   }
 
   /// Joins the sinks, normalises and writes the rows.
@@ -357,7 +357,7 @@ class tile_engine {
     const index_t dim = problem_.shape.value_dim;
     for_each_row(t, [&](index_t r, const row_index& row) {
       const A sink = sinks.empty() ? minus_infinity<A> : static_cast<A>(sinks[static_cast<std::size_t>(row.q_head)]);
-      const finished_row<A> done = finish_row(states.max[r], states.sum[r], sink);
+      const finished_row<A> done = finish_row(states.max[r], states.sum[r], sink, rules_.base());
       const index_t at = problem_.row_of(row.batch, row.query);
       problem_.out.store(row.batch, at, row.q_head, dim, states.out + r * out_stride(), done.scale, done.sum);
       if (problem_.out.lse == nullptr) return;
@@ -729,7 +729,9 @@ class tile_engine {
                      i * tile_tokens);
       if (w.visible[r] != all_keys) hide(s, w.visible[r]);
       if (op.tile.nonfinite_values != 0 && rules_.may_hide()) w.visible[r] = drop_hidden_scores(s, w.visible[r]);
-      w.alpha[r] = softmax_step<L>(s, p, states.max[r], w.lanes + r * packet_size<A>);
+      A* const lanes = w.lanes + r * packet_size<A>;
+      w.alpha[r] = rules_.is_plain() ? softmax_step<L>(s, p, states.max[r], lanes)
+                                     : softmax_step<L, score_base::e>(s, p, states.max[r], lanes);
     });
   }
 
