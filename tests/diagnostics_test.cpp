@@ -32,6 +32,12 @@ std::vector<double> weights_of(const operands<float, float>& in) {
 
 const attention_case small{{2, 6, 70, 6, 2, 16, 8}, with_causal, layout::bshd};
 
+// What a log-sum-exp of a case's call in float may be off by: the relative error of weights made with it.
+double lse_error_of(const operands<float, float>& in) {
+  const auto oracle = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+  return lse_bound<float>(in.of.shape.d, oracle.max_magnitude);
+}
+
 // Calls f(operands, their weights) for the small case with each of the options.
 template <class F>
 void for_each_options(std::initializer_list<unsigned> all, const F& f) {
@@ -50,14 +56,16 @@ TEST(Diagnostics, MapsAreTheWeights) {
   for_each_options(options, [](const auto& in, const std::vector<double>& expected) {
     context ctx;
     auto result = run(in, ctx);
+    const double relative = std::expm1(lse_error_of(in)) + 0x1p-24;
     std::vector<float> map(3 * 50);
     for (const index_t h : {0, 5}) {
       attention_map(in.q.view(), in.k.view(), tensor_view<const float, 3>(result.lse.data(), {2, 6, 6}), in.options,
                     {1, h, {2, 5}, {20, 70}}, tensor_view<float, 2>(map.data(), {3, 50}));
       for (index_t s = 2; s < 5; ++s)
-        for (index_t t = 20; t < 70; ++t)
-          ASSERT_NEAR(map[static_cast<std::size_t>((s - 2) * 50 + t - 20)],
-                      expected[static_cast<std::size_t>(((6 + s) * 6 + h) * 70 + t)], 1e-5);
+        for (index_t t = 20; t < 70; ++t) {
+          const double weight = expected[static_cast<std::size_t>(((6 + s) * 6 + h) * 70 + t)];
+          ASSERT_NEAR(map[static_cast<std::size_t>((s - 2) * 50 + t - 20)], weight, relative * weight + 0x1p-149);
+        }
     }
   });
 }
@@ -65,6 +73,13 @@ TEST(Diagnostics, MapsAreTheWeights) {
 TEST(Diagnostics, EntropyIsThatOfTheWeights) {
   const auto options = {0u, static_cast<unsigned>(with_causal), with_window | with_mask | with_lengths | with_scale};
   for_each_options(options, [](const auto& in, const std::vector<double>& weights) {
+    // lse - scale q . (mean key): the error of a log-sum-exp, and of an output whose values are keys for each channel.
+    const auto over_keys = run_oracle_on(in.q.view(), in.k.view(), in.k.view(), in.options);
+    double largest = 0;
+    for (const float x : in.q.data()) largest = std::max(largest, std::abs(static_cast<double>(x)));
+    const double scale = std::abs(in.options.scale.value_or(0.25)),
+                 bound = lse_error_of(in) +
+                         scale * 16 * largest * output_bound<float>(16, over_keys.max_magnitude, over_keys.max_value);
     std::vector<float> entropy(2 * 6 * 6, -1);
     context ctx;
     attention_entropy(in.q.view(), in.k.view(), in.options, tensor_view<float, 3>(entropy.data(), {2, 6, 6}), ctx);
@@ -74,7 +89,7 @@ TEST(Diagnostics, EntropyIsThatOfTheWeights) {
         const double w = weights[row * 70 + t];
         expected -= w > 0 ? w * std::log(w) : 0;
       }
-      ASSERT_NEAR(entropy[row], expected, 1e-4);
+      ASSERT_NEAR(entropy[row], expected, bound);
     }
   });
 }
@@ -87,6 +102,7 @@ TEST(Diagnostics, MassesAreSumsOfWeights) {
     const tensor_view<const float, 3> lse(result.lse.data(), {2, 6, 6});
     std::vector<float> mass(2 * 6 * 6);
     const tensor_view<float, 3> to(mass.data(), {2, 6, 6});
+    const double relative = std::expm1(2 * lse_error_of(in)) + 0x1p-24;  // of two log-sum-exps
     const auto expect = [&](const auto& shown) {
       attention_mass(in.q.view(), kv_view(in.k.view(), in.v.view()), shown, lse, in.options, to, ctx);
       for (std::size_t row = 0; row < mass.size(); ++row) {
@@ -95,7 +111,7 @@ TEST(Diagnostics, MassesAreSumsOfWeights) {
           const position p{0, 0, 64 + static_cast<index_t>(row) / 6 % 6, t};
           if (shown.visible(p)) expected += weights[row * 70 + static_cast<std::size_t>(t)];
         }
-        ASSERT_NEAR(mass[row], expected, 1e-5);
+        ASSERT_NEAR(mass[row], expected, relative * expected);
       }
     };
     expect(sliding_window(9, 0));

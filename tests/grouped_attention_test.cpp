@@ -143,17 +143,16 @@ void expect_definition(const grouped_case<X>& c, groupwise_form form, index_t to
                                 ? naive.exact(q)
                                 : naive.shared(q, representative, form, static_cast<std::size_t>(top_keys));
           // Scores and their sums, those of the representative and those of the shift: a few bounds of one pass.
-          double most = 1;
-          for (const double x : naive.scores(q)) most = std::max(most, std::abs(x));
+          const double magnitude = std::max(naive.magnitude(q), naive.magnitude(representative));
           const index_t at = (b * c.s + i / (c.h / c.g)) * c.h + g * (c.h / c.g) + i % (c.h / c.g);
-          compared.add(static_cast<double>(actual.lse[static_cast<std::size_t>(at)]), w.lse, 4 * lse_bound<A>(most),
-                       "lse");
+          compared.add(static_cast<double>(actual.lse[static_cast<std::size_t>(at)]), w.lse,
+                       lse_bound<A>(c.d, magnitude, 4), "lse");
           for (index_t e = 0; e < c.e; ++e) {
             double out = 0;
             for (index_t t = 0; t < length; ++t)
               out += w.of[static_cast<std::size_t>(t)] * static_cast<double>(c.values()(b, t, g, e));
             compared.add(static_cast<double>(actual.out[static_cast<std::size_t>(at * c.e + e)]), out,
-                         4 * output_bound<A>(most, 5), "out");
+                         output_bound<A>(c.d, magnitude, 5, 4), "out");
           }
         }
       }
@@ -410,15 +409,13 @@ result<accumulator_t<X>> run_grouped(const grouped_case<X>& c, const grouped_opt
 }
 template <class X>
 void expect_exact(const grouped_case<X>& c, const grouped_options& o, const std::string& what) {
-  using A = accumulator_t<X>;
   const auto expected = run_oracle_on(c.queries(), c.keys(), c.values(), o.attention);
   const auto actual = run_grouped(c, o);
   comparison compared;
   for (std::size_t i = 0; i < actual.out.size(); ++i)
-    compared.add(static_cast<double>(actual.out[i]), expected.out[i],
-                 4 * output_bound<A>(expected.max_score, expected.max_value), "out");
+    compared.add(static_cast<double>(actual.out[i]), expected.out[i], 4 * expected.out_bound(i), "out");
   for (std::size_t i = 0; i < actual.lse.size(); ++i)
-    compared.add(static_cast<double>(actual.lse[i]), expected.lse[i], 4 * lse_bound<A>(expected.max_score), "lse");
+    compared.add(static_cast<double>(actual.lse[i]), expected.lse[i], 4 * expected.lse_bound(i), "lse");
   EXPECT_TRUE(compared.result()) << what;
 }
 

@@ -59,7 +59,6 @@ auto run(const operands<Q, K>& in, context& ctx) {
 // whether the lse is asked for or not.
 template <class Q, class K, class KV>
 ::testing::AssertionResult matches_oracle_over(const operands<Q, K>& in, const KV& kv, context& ctx) {
-  using A = accumulator_t<K>;
   const auto& n = in.of.shape;
   const oracle_result expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
   const auto actual = run_over(in, kv, ctx);
@@ -70,13 +69,12 @@ template <class Q, class K, class KV>
     const auto row = static_cast<std::size_t>(i);
     std::ostringstream where;
     where << "(b " << i / (n.s * n.h) << ", s " << i / n.h % n.s << ", h " << i % n.h << ')';
-    lses.add(static_cast<double>(actual.lse[row]), expected.lse[row], lse_bound<A>(expected.max_score) + rounding,
+    lses.add(static_cast<double>(actual.lse[row]), expected.lse[row], expected.lse_bound(row) + rounding,
              "lse" + where.str());
     for (index_t e = 0; e < n.e; ++e) {
       const auto at = static_cast<std::size_t>(i * n.e + e);
       outs.add(static_cast<double>(actual.out[at]), expected.out[at],
-               output_bound<A>(expected.max_score, expected.max_value) + rounding * expected.max_value +
-                   storing_error<Q>(expected.out[at]),
+               expected.out_bound(at) + rounding * expected.max_value + storing_error<Q>(expected.out[at]),
                "out" + where.str());
     }
   }

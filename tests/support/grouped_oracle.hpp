@@ -44,6 +44,16 @@ struct naive_groupwise {
     for (const row& k : keys) s.push_back(scale * dot(q, k) + slope * (static_cast<double>(s.size()) - position));
     return s;
   }
+  // Of the terms that a score of q is summed from, at most.
+  double magnitude(const row& q) const {
+    double most = 0;
+    for (std::size_t t = 0; t < keys.size(); ++t) {
+      double sum = 0;
+      for (std::size_t d = 0; d < q.size(); ++d) sum += std::abs(q[d] * keys[t][d]);
+      most = std::max(most, scale * sum + std::abs(slope * (static_cast<double>(t) - position)));
+    }
+    return most;
+  }
   weights exact(const row& q) const {
     const row s = scores(q);
     const double lse = log_sum_exp(s);

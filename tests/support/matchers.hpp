@@ -1,16 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // How near a result must be to the oracle's, by derivation, and what a failure prints.
 //
-// float. Let u = 2^-24, s the largest |score| and m the largest |value|.
-//   scores     a dot product of D terms errs by about sqrt(D) u sum|q k|; folding the scale into q adds u, so that a
-//              weight is off by a factor of about 1 + c u max(1, s): for the scores of random data c < 10.
-//   weights    exp2 errs by 1 ulp = 2 u.
-//   sums       64 terms in a chain, then 16 tiles, then the splits: at most (64 + 16 + T / 1024) u each, of both the
-//              numerator and the denominator; rounding errors of either sign leave a fraction of it.
-// Together below 40 u max(1, s) m = 2.4e-6 max(1, s) m. Beyond s = 60 the weights that matter differ by less than 60
-// from the top, and only the scores' own error grows: the bound stops at 60 for random data, and is c eps s m for data
-// made of large scores. double: the same multiple of its own u, 4.5e-15.
-// 16-bit outputs add their own rounding, half an ulp of the result.
+// Let u be the unit roundoff of the accumulators (float 2^-24, double 2^-53), D the head dim, m the largest |value|.
+//   scores   A product of D terms is a chain of D roundings, each of a partial sum: off by at most u times the sum of
+//            the partial sums' magnitudes, which is at most D u a, a = |scale| sum |q_d k_d|. The scaled query's own
+//            roundings, and those of products where they are not fused, add u a each; what is added to a score (bias,
+//            ALiBi) twice its magnitude. In all c <= (D + 12) u a. It grows with the scores and not with their
+//            distances: near-equal keys with scores of 1e5 have weights that are off by 1e5 times more than those with
+//            scores of 1.
+//   weights  A weight whose score is off by c is off by a factor of e^c, their sum by one of at most e^c: an output
+//   moves
+//            by at most (e^2c - 1) times the weighted mean of |value - output|, which is at most m. The distance of a
+//            score from the row's reference, its exponential (1 ulp = 2 u) and the factors of later tiles and splits
+//            add 7 u times that distance, and 60 u, to c.
+//   sums     64 terms in a chain, 16 tiles, the splits, the quotient: (100 + 2 splits) u of the numerator and of the
+//            denominator, each.
+// The oracle computes this row by row from the partial sums there are (oracle_result::out_bound), which random data
+// does not come near: no more than a tenth to a third of it. output_bound() is the same from D and a alone. double: the
+// same multiples of its own u; the oracle's own roundings, which are the same in double, double it. 16-bit outputs add
+// their own rounding, half an ulp of the result.
 //
 // bfloat16 where the ISA multiplies pairs of it: weights are rounded to 8 bits, each by a factor 1 + d, |d| <= 2^-8,
 // and their sum is that of the rounded ones. So an output moves by the mean of d (v - out), at most 2^-8 times the mean
@@ -32,13 +40,21 @@
 #include <Eigen/Core>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/options.hpp>
+
+#include "oracle.hpp"
 
 namespace gqa::test {
 
 template <class A>
-inline constexpr double base_bound = std::is_same_v<A, double> ? 4.5e-15 : 2.4e-6;
+inline constexpr double unit_roundoff = std::is_same_v<A, double> ? 0x1p-53 : 0x1p-24;
+
+template <class A>
+kernel_arithmetic arithmetic_of() {
+  return {unit_roundoff<A> * (std::is_same_v<A, double> ? 2 : 1), detail::packet_size<A>};
+}
 
 // Half an ulp of x when it is stored as T, at most.
 template <class T>
@@ -56,14 +72,20 @@ double weight_rounding(const attention_options& options) {
   return detail::has_dot<K> && !options.float_products.value_or(std::is_same_v<Q, float>) ? 0x1p-8 + 0x1p-17 : 0;
 }
 
-// What a call may be off by, from the largest score and value that it sees.
+// What scores of `dim` products, whose magnitudes and what is added to them sum to `magnitude`, may be off by, with all
+// that weights are off by besides; and a call, from that and from its largest value. `passes`: attention that is made
+// of so many calls, each off from the one before.
 template <class A>
-double output_bound(double max_score, double max_value) {
-  return base_bound<A> * std::max(1.0, std::min(max_score, 60.0)) * max_value;
+double score_error(index_t dim, double magnitude) {
+  return arithmetic_of<A>().unit * (static_cast<double>(dim + 12) * magnitude + 7 * 2 * magnitude + 70);
 }
 template <class A>
-double lse_bound(double max_score) {
-  return base_bound<A> * std::max(1.0, max_score);
+double output_bound(index_t dim, double magnitude, double max_value, double passes = 1) {
+  return (std::expm1(2 * passes * score_error<A>(dim, magnitude)) + passes * 210 * arithmetic_of<A>().unit) * max_value;
+}
+template <class A>
+double lse_bound(index_t dim, double magnitude, double passes = 1) {
+  return passes * (score_error<A>(dim, magnitude) + (110 + 4 * magnitude) * arithmetic_of<A>().unit);
 }
 
 // The worst element of `actual` against `expected`, each with its own bound; NaN must meet NaN, infinity itself.
