@@ -20,8 +20,10 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/memory_piece.hpp>
+#include <gqa/detail/narrowing.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/tile.hpp>
+#include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -70,7 +72,8 @@ class latent_kv_cache {
 
   /// Appends t tokens to every sequence, rounded to nearest even.
   /// \param rows   [B, t, 1, D] in T or float
-  /// \throws error (errc::shape, errc::capacity); nothing is written then
+  /// \throws error (errc::shape, errc::capacity), errc::range for a finite float that T would make infinite; nothing is
+  ///               written then
   template <tensor_like Rows>
   void append(Rows&& rows) {
     append_to(0, batch_, detail::as_view(std::forward<Rows>(rows)));
@@ -190,6 +193,9 @@ class latent_kv_cache {
     static_assert(detail::is_taken_by_cache_of<X, T>, "gqa: a cache takes what it holds, or float");
     if (const auto f = find_append_fault(first, count, all)) return detail::raise(f);
     const auto rows = detail::without_idle_strides(all);
+    detail::plain_keys<std::remove_const_t<X>> plain{tensor_view<const std::remove_const_t<X>, 4>(rows)};
+    if (const auto f = detail::find_narrowing_fault<T>("rows", plain, count, rows.extent(1), 1, head_dim_))
+      return detail::raise(f);
     for (index_t b = first; b < first + count; ++b) {
       const index_t before = lengths_[b], after = before + rows.extent(1);
       detail::for_each_panel(before, after, [&](index_t panel, detail::panel_range tokens) {

@@ -22,6 +22,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/mixed.hpp>
+#include <gqa/detail/narrowing.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/page_pool.hpp>
 #include <gqa/detail/q8.hpp>
@@ -108,7 +109,8 @@ class paged_kv_cache {
   /// Keys [t, G, D], which may be turned() (rope_turns.hpp), and values [t, G, E], in T or float (of q8: half or
   /// bfloat16, too), rounded to nearest even, of positions from `position` on, which
   /// there must be. Pages that are shared are copied.
-  /// \throws error (errc::range, errc::shape, errc::length), (errc::capacity) if pages are lacking; nothing is written
+  /// \throws error (errc::range, errc::shape, errc::length), errc::capacity if pages are lacking, errc::range for a
+  ///               finite float that T would make infinite (half: of 65,520 and more); nothing is written
   template <detail::turnable_rows K, detail::rows_like V>
   void write(index_t layer, sequence_id id, index_t position, K&& k, V&& v) {
     const auto keys = detail::as_turnable_rows(std::forward<K>(k));
@@ -116,6 +118,7 @@ class paged_kv_cache {
     if (const auto f = find_write_fault(layer, id, position, detail::rows_of(keys), values)) return detail::raise(f);
     if (const auto f = detail::find_turns_fault(keys)) return detail::raise(f);
     auto source = detail::keys_of(keys);  // whose memory may fail
+    if (const auto f = detail::find_narrowing_faults<T>(source, head_dim_, values)) return detail::raise(f);
     if (const auto f = own_pages(sequence(static_cast<index_t>(id)), position, values.extent(1)))
       return detail::raise(f);
     write_rows(layer, sequence(static_cast<index_t>(id)), position, source, values);
@@ -131,6 +134,7 @@ class paged_kv_cache {
     if (const auto f = find_rows_fault(id, detail::rows_of(keys), values)) return detail::raise(f);
     if (const auto f = detail::find_turns_fault(keys)) return detail::raise(f);
     auto source = detail::keys_of(keys);
+    if (const auto f = detail::find_narrowing_faults<T>(source, head_dim_, values)) return detail::raise(f);
     const index_t position = length(id);
     if (const auto f = find_extend_fault(id, values.extent(1))) return detail::raise(f);
     grow(sequence(static_cast<index_t>(id)), values.extent(1));

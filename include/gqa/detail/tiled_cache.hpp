@@ -21,6 +21,7 @@
 #include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/memory_piece.hpp>
 #include <gqa/detail/mixed.hpp>
+#include <gqa/detail/narrowing.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/q8.hpp>
 #include <gqa/detail/tile.hpp>
@@ -56,7 +57,8 @@ class tiled_cache {
   /// Appends t tokens to every sequence, rounded to nearest even. k may be turned() (rope_turns.hpp).
   /// \param k, v   [B, t, G, D] and [B, t, G, E] in T or float (of q8: half or bfloat16, too); t >= 0, sequences may
   ///               differ in length
-  /// \throws error (errc::capacity) if a sequence has no room for all of them; nothing is written then
+  /// \throws error errc::capacity if a sequence has no room for all of them, errc::range for a finite float that T
+  ///               would make infinite (half: of 65,520 and more); nothing is written then
   template <turnable K, tensor_like V>
   void append(K&& k, V&& v) {
     append_to(0, batch_, as_turnable(std::forward<K>(k)), as_view(std::forward<V>(v)));
@@ -295,6 +297,7 @@ void tiled_cache<T>::append_to(index_t first, index_t count, const Keys& k, cons
   if (const auto f = find_append_fault(first, count, rows_of(k), v)) return raise(f);
   if (const auto f = find_turns_fault(k)) return raise(f);
   auto keys = keys_of(k);
+  if (const auto f = find_narrowing_faults<T>(keys, head_dim_, v)) return raise(f);
   const auto values = without_idle_strides(v);
   for (index_t b = first; b < first + count; ++b) {
     const index_t before = lengths_[b], after = before + v.extent(1);
