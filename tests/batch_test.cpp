@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <span>
@@ -17,6 +18,7 @@
 #include "support/kernels.hpp"
 #include "support/pages.hpp"
 #include "support/ragged.hpp"
+#include "support/refusal.hpp"
 
 namespace gqa::test {
 namespace {
@@ -300,6 +302,106 @@ TEST(Batch, AsksAVariantBySequence) {
       EXPECT_TRUE(std::equal(expected.begin(), expected.end(), out.begin() + c.offsets[n] * c.heads * c.value_dim))
           << n << has_masks;
     }
+  }
+}
+
+// A tree of drafts measures windows and ALiBi by depth, where positions say so: siblings are as far from what was
+// before.
+TEST(Batch, MeasuresDistancesByPositions) {
+  rng random(12);
+  ragged_case<float> c(4, 2, 16, 16, {50, 300, 40}, random);
+  c.add(0, 5, random), c.add(1, 70, random), c.add(2, 1, random);
+  const auto cache = c.cache();
+  // The root, its two children, and a child of each: rows see their ancestors and themselves.
+  const std::vector<index_t> depth{0, 1, 1, 2, 2}, parent{-1, 0, 0, 1, 2};
+  std::array<bool, 25> tree{};
+  for (index_t i = 0; i < 5; ++i)
+    for (index_t j = i; j >= 0; j = parent[static_cast<std::size_t>(j)])
+      tree[static_cast<std::size_t>(i * 5 + j)] = true;
+  std::vector<index_t> positions;
+  for (const index_t d : depth) positions.push_back(45 + d);
+  for (index_t s = 0; s < 70; ++s) positions.push_back(230 + s);  // slots, as by default
+  positions.push_back(1000);                                      // far from all but itself
+  const std::vector<tensor_view<const bool, 2>> masks{{tree.data(), {5, 5}}, {}, {}};
+  const std::vector<float> slopes{0.5f, 0.2f, 0.1f, 0.02f};
+  context ctx;
+  for (const bool paged : {false, true}) {
+    for (const window_t window : {window_t{}, window_t{3, 0}, window_t{100, -1}}) {
+      for (const bool alibi : {false, true}) {
+        batch_options options;
+        options.common.causal = window.right != -1 || window.left == -1;
+        options.common.window = window;
+        if (alibi) options.common.alibi_slopes = slopes;
+        options.masks = masks, options.positions = positions;
+        std::vector<float> out(static_cast<std::size_t>(c.total() * 4 * 16));
+        const auto to = view(out.data(), {1, c.total(), 4, 16});
+        if (paged) {
+          pages<float> own(c.k.view(), c.v.view(), c.lengths, 16, page_order::tokens_first, random);
+          batch_attention(c.rows(), c.offsets, own.view(), c.sequences, to, options, ctx);
+        } else {
+          batch_attention(c.rows(), c.offsets, cache, c.sequences, to, options, ctx);
+        }
+        for (std::size_t n = 0; n < 3; ++n) {
+          const auto q = c.rows_of(n);
+          const auto k = c.of_sequence(c.k, n), v = c.of_sequence(c.v, n);
+          const index_t rows = q.extent(1), keys = k.extent(1);
+          const auto own = [&](index_t s) { return positions[static_cast<std::size_t>(c.offsets[n] + s)]; };
+          std::vector<float> bias(static_cast<std::size_t>(4 * rows * keys));
+          for (index_t h = 0; h < 4; ++h)
+            for (index_t s = 0; s < rows; ++s)
+              for (index_t t = 0; t < keys; ++t) {
+                const index_t draft = t - (keys - rows), key = draft < 0 ? t : own(draft), distance = own(s) - key;
+                bool seen = !(options.common.causal && distance < 0) && !(window.left >= 0 && distance > window.left) &&
+                            !(window.right >= 0 && -distance > window.right);
+                if (n == 0 && draft >= 0) seen = seen && tree[static_cast<std::size_t>(s * 5 + draft)];
+                bias[static_cast<std::size_t>((h * rows + s) * keys + t)] =
+                    !seen   ? -std::numeric_limits<float>::infinity()
+                    : alibi ? -slopes[static_cast<std::size_t>(h)] * static_cast<float>(distance)
+                            : 0;
+              }
+          attention_options single;
+          single.bias = tensor_view<const float, 4>(bias.data(), {1, 4, rows, keys});
+          const auto expected = run_oracle_on(q, k, v, single);
+          comparison compared;
+          for (std::size_t i = 0; i < expected.out.size(); ++i)
+            compared.add(static_cast<double>(out[static_cast<std::size_t>(c.offsets[n] * 4 * 16) + i]), expected.out[i],
+                         expected.out_bound(i), "element " + std::to_string(i));
+          EXPECT_TRUE(compared.result()) << "sequence " << n << ", window " << window.left << ", alibi " << alibi;
+        }
+      }
+    }
+  }
+  // Positions that are those of slots change nothing.
+  batch_options plain;
+  plain.common.causal = true, plain.common.window = {7, 0}, plain.common.alibi_slopes = slopes;
+  std::vector<index_t> slots;
+  for (std::size_t n = 0; n < 3; ++n)
+    for (index_t s = 0; s < c.offsets[n + 1] - c.offsets[n]; ++s)
+      slots.push_back(c.lengths[n] - (c.offsets[n + 1] - c.offsets[n]) + s);
+  std::vector<float> by_slots(static_cast<std::size_t>(c.total() * 4 * 16)), by_positions(by_slots.size());
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, view(by_slots.data(), {1, c.total(), 4, 16}), plain, ctx);
+  plain.positions = slots;
+  batch_attention(c.rows(), c.offsets, cache, c.sequences, view(by_positions.data(), {1, c.total(), 4, 16}), plain,
+                  ctx);
+  EXPECT_EQ(by_slots, by_positions);
+}
+
+TEST(Batch, RefusesPositionsThatDoNotFit) {
+  rng random(13);
+  ragged_case<float> c(4, 2, 16, 16, {50}, random);
+  c.add(0, 5, random);
+  const auto cache = c.cache();
+  std::vector<float> out(5 * 4 * 16, 7.0f);
+  context ctx;
+  for (const std::vector<index_t>& positions : {std::vector<index_t>(4), std::vector<index_t>{0, 1, 2, 3, -1},
+                                                std::vector<index_t>{0, 1, 2, 3, index_t{1} << 61}}) {
+    batch_options options;
+    options.positions = positions;
+    const errc code = code_of([&] {
+      batch_attention(c.rows(), c.offsets, cache, c.sequences, view(out.data(), {1, 5, 4, 16}), options, ctx);
+    });
+    EXPECT_EQ(code, positions.size() == 4 ? errc::shape : errc::range);
+    EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
   }
 }
 

@@ -387,5 +387,144 @@ TEST(Rope, RefusesWhatCannotBe) {
 }
 #endif
 
+// gpt-oss: YaRN without whole pairs (its published code and configuration).
+TEST(RopeFrequencies, OfYarnWithoutTruncationAreThoseOfGptOss) {
+  const rope_frequencies f = yarn_frequencies(
+      64, {.base = 150000, .factor = 32, .trained_length = 4096, .beta_fast = 32, .beta_slow = 1, .truncate = false});
+  ASSERT_EQ(f.radians.size(), 32u);
+  EXPECT_NEAR(f.radians[9], 3.170570e-02, 5e-9);  // as published, to its last digit
+  EXPECT_NEAR(f.radians[13], 3.860359e-03, 5e-10);
+  EXPECT_EQ(f.radians[0], 1);
+  EXPECT_NEAR(f.radians[31], std::pow(150000.0, -62.0 / 64) / 32, 1e-20);
+  EXPECT_DOUBLE_EQ(f.magnitude, 0.1 * std::log(32) + 1);
+  // With whole pairs it is another model.
+  EXPECT_GT(
+      std::abs(yarn_frequencies(64, {.base = 150000, .factor = 32, .trained_length = 4096}).radians[9] - f.radians[9]),
+      5e-5);
+}
+
+// DeepSeek-V3: mscale and mscale_all_dim alike; the softmax's scale carries the square.
+TEST(RopeFrequencies, OfDeepSeekLeaveTheMagnitudeToTheScale) {
+  const yarn_options o{.base = 10000, .factor = 40, .trained_length = 4096, .mscale = 1, .mscale_all_dim = 1};
+  EXPECT_EQ(yarn_frequencies(64, o).magnitude, 1);
+  const double m = 0.1 * std::log(40) + 1;
+  EXPECT_DOUBLE_EQ(yarn_score_factor(o), m * m);
+  EXPECT_EQ(yarn_score_factor({.factor = 40, .trained_length = 4096}), 1);
+  // DeepSeek-V2: 0.707 both.
+  EXPECT_EQ(
+      yarn_frequencies(64, {.factor = 40, .trained_length = 4096, .mscale = 0.707, .mscale_all_dim = 0.707}).magnitude,
+      1);
+}
+
+// The ramp ends within the pairs there are, however few turns the trained length has, and never divides by nothing.
+TEST(RopeFrequencies, OfYarnClampItsRamp) {
+  // Pairs of 32 turns would lie before the first one: -9.6 of 32, and the ramp starts at 0.
+  const rope_frequencies few = yarn_frequencies(64, {.factor = 4, .trained_length = 10, .truncate = false});
+  EXPECT_EQ(few.radians[0], 1);
+  const double high = 64 * std::log(10 / (2 * std::numbers::pi)) / (2 * std::log(10000.0)), ramp = 1 / high;
+  EXPECT_NEAR(few.radians[1], std::pow(10000.0, -2.0 / 64) * (ramp >= 1 ? 0.25 : 1 - 0.75 * ramp), 1e-12);
+  EXPECT_NEAR(few.radians[2], std::pow(10000.0, -4.0 / 64) / 4, 1e-12);
+  // Pairs of one turn would lie beyond the last one that there could be: 63 is where the ramp ends, of 32 pairs.
+  const yarn_options many{.base = 10, .factor = 4, .trained_length = 1 << 30, .truncate = false};
+  const double low = 64 * std::log((1 << 30) / (32 * 2 * std::numbers::pi)) / (2 * std::log(10.0));
+  ASSERT_GT(low, 63);
+  for (std::size_t i = 0; i < 32; ++i)
+    EXPECT_NEAR(yarn_frequencies(64, many).radians[i], std::pow(10.0, -static_cast<double>(i) / 32), 1e-12);
+}
+
+// Phi-3's LongRoPE: lists of divisors, and a magnitude by the lengths or of the model's own.
+TEST(RopeFrequencies, OfLongRopeDivideByTheListOfTheLength) {
+  const std::vector<double> short_list{1, 1.5, 2, 2.5}, long_list{1, 8, 16, 32};
+  longrope_options o{.short_factors = short_list, .long_factors = long_list, .trained_length = 4096, .factor = 32};
+  const rope_frequencies near = longrope_frequencies(8, o, 4096), far = longrope_frequencies(8, o, 4097);
+  for (std::size_t i = 0; i < 4; ++i) {
+    const double own = std::pow(10000.0, -static_cast<double>(i) / 4);
+    EXPECT_DOUBLE_EQ(near.radians[i], own / short_list[i]);
+    EXPECT_DOUBLE_EQ(far.radians[i], own / long_list[i]);
+  }
+  EXPECT_DOUBLE_EQ(near.magnitude, std::sqrt(1 + std::log(32) / std::log(4096)));
+  EXPECT_DOUBLE_EQ(near.magnitude, far.magnitude);
+  o.short_magnitude = 1, o.long_magnitude = 1.243163121016122;
+  EXPECT_EQ(longrope_frequencies(8, o, 1).magnitude, 1);
+  EXPECT_EQ(longrope_frequencies(8, o, 9999).magnitude, 1.243163121016122);
+}
+
+TEST(RopeFrequencies, OfDynamicNtkGrowWithTheText) {
+  const auto own = own_frequencies(64, 10000), same = dynamic_ntk_frequencies(64, 10000, 2, 2048, 2048),
+             longer = dynamic_ntk_frequencies(64, 10000, 2, 2048, 4096);
+  EXPECT_EQ(own.radians, same.radians);
+  EXPECT_NEAR(longer.radians[31], own.radians[31] / 3, 1e-15);  // 2 * 2 - 1
+}
+
+// A rope of any list turns by it, and grows by its magnitude.
+TEST(Rope, TakesAnyFrequencies) {
+  const rope own(10, {{0.5, -2, 0}, 3}, rope_pairing::halves);
+  EXPECT_EQ(own.magnitude(), 3);
+  std::vector<double> x(10, 0.0);
+  x[0] = 1, x[4] = 1, x[9] = 7;  // pairs (0, 3), (1, 4), (2, 5)
+  context ctx;
+  const index_t position = 4;
+  own.rotate(view(x.data(), {1, 1, 1, 10}), std::span<const index_t>(&position, 1), ctx);
+  EXPECT_NEAR(x[0], 3 * std::cos(2), 1e-14);
+  EXPECT_NEAR(x[3], 3 * std::sin(2), 1e-14);
+  EXPECT_NEAR(x[1], -3 * std::sin(-8), 1e-14);
+  EXPECT_NEAR(x[4], 3 * std::cos(-8), 1e-14);
+  EXPECT_EQ(x[9], 7);
+  const auto of_temporary = rope(64).frequencies();
+  EXPECT_EQ(of_temporary.size(), 32u);
+  EXPECT_EQ(of_temporary, own_frequencies(64).radians);
+}
+
+// Pairs of a section turn by the position on their axis; with one position on all axes, by it.
+TEST(Rope, TurnsSectionsByTheirAxes) {
+  const rope embedding(16);
+  const std::vector<index_t> sections{2, 3, 3};
+  const auto axes = axes_of_sections(sections);
+  EXPECT_EQ(axes, (std::vector<index_t>{0, 0, 1, 1, 1, 2, 2, 2}));
+  const std::vector<index_t> positions{5, 6, /* height */ 9, 2, /* width */ 0, 100};
+  context ctx;
+  const tensor_view<const index_t, 2> of_tokens(positions.data(), {3, 2});
+  const auto turns = embedding.turns_of_axes<double>(of_tokens, axes, ctx);
+  for (index_t token = 0; token < 2; ++token)
+    for (index_t i = 0; i < 8; ++i) {
+      const index_t axis = i < 2 ? 0 : i < 5 ? 1 : 2;
+      const double angle = static_cast<double>(positions[static_cast<std::size_t>(axis * 2 + token)]) *
+                           std::pow(10000.0, -static_cast<double>(i) / 8);
+      EXPECT_NEAR(turns.cosines(token)[i], std::cos(angle), 1e-12);
+      EXPECT_NEAR(turns.sines(token)[i], std::sin(angle), 1e-12);
+    }
+  EXPECT_EQ(
+      code_of([&] { static_cast<void>(embedding.turns_of_axes<double>(of_tokens, std::vector<index_t>(7), ctx)); }),
+      errc::shape);
+  EXPECT_EQ(
+      code_of([&] { static_cast<void>(embedding.turns_of_axes<double>(of_tokens, std::vector<index_t>(8, 3), ctx)); }),
+      errc::range);
+}
+
+TEST(RopeFrequencies, AreRefusedWhereNumbersMakeNoSense) {
+  const auto refuses = [](const auto& f) { return code_of([&] { static_cast<void>(f()); }); };
+  const std::vector<double> two{1, 2}, zeros{0, 0};
+  EXPECT_EQ(refuses([] { return own_frequencies(7); }), errc::option);
+  EXPECT_EQ(refuses([] { return own_frequencies(8, 0.5); }), errc::option);
+  EXPECT_EQ(refuses([] { return linear_frequencies(8, 10000, 0.5); }), errc::option);
+  EXPECT_EQ(refuses([] { return yarn_frequencies(8, {.factor = 2}); }), errc::option);
+  EXPECT_EQ(refuses([] { return yarn_frequencies(8, {.trained_length = 9, .beta_fast = 1, .beta_slow = 2}); }),
+            errc::option);
+  EXPECT_EQ(refuses([] { return yarn_frequencies(8, {.trained_length = 9, .mscale = -1}); }), errc::option);
+  EXPECT_EQ(refuses([] { return llama3_frequencies(8, {.trained_length = 0}); }), errc::option);
+  EXPECT_EQ(refuses([&] { return longrope_frequencies(8, {.short_factors = two, .trained_length = 9}, 3); }),
+            errc::shape);
+  EXPECT_EQ(refuses([&] { return longrope_frequencies(4, {.short_factors = zeros, .trained_length = 9}, 3); }),
+            errc::option);
+  EXPECT_EQ(refuses([] { return dynamic_ntk_frequencies(8, 10000, 2, 0, 5); }), errc::option);
+  EXPECT_EQ(refuses([] { return axes_of_sections(std::vector<index_t>{3, -1}); }), errc::option);
+  EXPECT_EQ(refuses([] { return rope(8, {std::vector<double>(5), 1}); }), errc::shape);
+  EXPECT_EQ(refuses([] { return rope(8, {{1, std::nan("")}, 1}); }), errc::option);
+  EXPECT_EQ(refuses([] {
+              return rope(8, rope_frequencies{{1}, std::numeric_limits<double>::infinity()});
+            }),
+            errc::option);
+}
+
 }  // namespace
 }  // namespace gqa::test

@@ -171,5 +171,25 @@ TEST(Variant, ScoresOfTheLowestNumbersHideNothing) {
   EXPECT_EQ(lse, std::vector<float>(4, -3.3e38f));
 }
 
+// The distance to either side, also without a causal edge, against biases that say so.
+TEST(EncoderAlibi, FallsOnBothSides) {
+  operands<float, float> in(attention_case{{1, 70, 130, 4, 2, 16, 16}, with_bias, layout::bshd});
+  const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 0.01f};
+  for (index_t h = 0; h < 4; ++h)
+    for (index_t s = 0; s < 70; ++s)
+      for (index_t t = 0; t < 130; ++t)
+        in.bias[static_cast<std::size_t>((h * 70 + s) * 130 + t)] =
+            -slopes[static_cast<std::size_t>(h)] * static_cast<float>(std::abs(60 + s - t));
+  context ctx;
+  EXPECT_TRUE(matches_oracle(in, ctx));
+  const auto expected = run_oracle_on(in.q.view(), in.k.view(), in.v.view(), in.options);
+  in.options.bias = {};
+  std::vector<float> out(70 * 4 * 16);
+  attention(in.q.view(), in.k.view(), in.v.view(), view(out.data(), {1, 70, 4, 16}), in.options, encoder_alibi{slopes},
+            ctx);
+  for (std::size_t i = 0; i < out.size(); ++i)
+    ASSERT_NEAR(static_cast<double>(out[i]), expected.out[i], expected.out_bound(i)) << i;
+}
+
 }  // namespace
 }  // namespace gqa::test

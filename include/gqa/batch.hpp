@@ -23,6 +23,7 @@
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/rows.hpp>
+#include <gqa/detail/visibility.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
@@ -40,6 +41,11 @@ struct batch_options {
   /// [n]: true where query i sees the j-th of the last q_len keys, beside what the other rules hide: trees of draft
   /// tokens (SpecInfer, Miao et al. 2024). [q_len, q_len] each, any strides; empty: nothing more is hidden.
   std::span<const tensor_view<const bool, 2>> masks = {};
+  /// [total_q]: position of each row, where it is not that of its slot: in a tree of drafts its depth, for siblings
+  /// have slots one after the other. Distances of causal edge, window and ALiBi are between these, a sequence's last
+  /// q_len keys being at the positions of its rows, and keys before them at those of their slots; variants are still
+  /// told slots. Default: slots, as in other libraries (vLLM's and FlashInfer's trees measure windows and ALiBi so).
+  std::span<const index_t> positions = {};
   /// Whether what forks of a paged_kv_cache have in common is read once for all of them. Changes no bit.
   bool share_prefixes = true;
 };
@@ -80,30 +86,58 @@ template <class KV>
 /// which then take no other path and no longer to compile.
 class draft_masks {
  public:
-  /// Of a sequence: the position of its first query, and the first of its last q_len keys.
+  /// Of a sequence: the position of its first query, the first of its last q_len keys, and all of them.
   struct place {
-    index_t query, key;
+    index_t query, key, keys;
   };
-  draft_masks(std::span<const tensor_view<const bool, 2>> masks, std::vector<place> places) noexcept
-      : masks_(masks), places_(std::move(places)) {}
+  /// \param places  [n], of batches with masks or positions
+  /// \param rule    of distances between positions, where there are some
+  draft_masks(std::span<const tensor_view<const bool, 2>> masks, std::span<const place> places,
+              const ragged_rows& ragged, const interval_rule& rule) noexcept
+      : masks_(masks), places_(places), ragged_(ragged), rule_(rule) {}
 
   [[nodiscard]] bool visible(const position& p) const noexcept {
-    const auto& mask = masks_[static_cast<std::size_t>(p.batch)];
     const place& first = places_[static_cast<std::size_t>(p.batch)];
+    if (!ragged_.positions.empty()) {
+      const key_range near = keys_near(p.batch, p.query - first.query);
+      const index_t key = ragged_.position_of_key(p.batch, p.key, first.keys);
+      if (key < near.begin || near.end <= key) return false;
+    }
+    if (!has_mask(p.batch)) return true;
+    const auto& mask = masks_[static_cast<std::size_t>(p.batch)];
     const index_t key = p.key - first.key;
     return key < 0 || key >= mask.extent(1) || mask(p.query - first.query, key);
   }
   [[nodiscard]] visibility visible(const key_block& b) const noexcept {
-    const bool hides = hides_in(b.batch) && b.key_end > places_[static_cast<std::size_t>(b.batch)].key;
-    return hides ? visibility::some : visibility::all;
+    if (!detail_hides_in(b.batch)) return visibility::all;
+    const place& first = places_[static_cast<std::size_t>(b.batch)];
+    if (b.key_end > first.key) return visibility::some;
+    if (ragged_.positions.empty()) return visibility::all;
+    // Keys at the positions of their slots: those that every row of the block is near, and those that some are.
+    key_range all{0, b.key_end}, any{b.key_end, 0};
+    for (index_t s = b.query_begin - first.query; s < b.query_end - first.query; ++s) {
+      const key_range near = keys_near(b.batch, s);
+      all = {(std::max)(all.begin, near.begin), (std::min)(all.end, near.end)};
+      any = {(std::min)(any.begin, near.begin), (std::max)(any.end, near.end)};
+    }
+    if (b.key_end <= any.begin || any.end <= b.key_begin) return visibility::none;
+    return all.begin <= b.key_begin && b.key_end <= all.end ? visibility::all : visibility::some;
   }
-  [[nodiscard]] bool hides_in(index_t n) const noexcept {
-    return !masks_.empty() && !is_absent(masks_[static_cast<std::size_t>(n)]);
-  }
+  [[nodiscard]] bool detail_hides_in(index_t n) const noexcept { return has_mask(n) || !ragged_.positions.empty(); }
 
  private:
+  [[nodiscard]] bool has_mask(index_t n) const noexcept {
+    return !masks_.empty() && !is_absent(masks_[static_cast<std::size_t>(n)]);
+  }
+  /// Positions that query s of a sequence sees by its own.
+  [[nodiscard]] key_range keys_near(index_t n, index_t s) const noexcept {
+    return rule_.keys_of(ragged_.position_of_query(n, s), position_limit * 2);
+  }
+
   std::span<const tensor_view<const bool, 2>> masks_;
-  std::vector<place> places_;
+  std::span<const place> places_;
+  const ragged_rows& ragged_;
+  interval_rule rule_;
 };
 
 /// A user's variant, beside a batch's masks.
@@ -117,7 +151,7 @@ class draft_variant {
     return static_cast<A>(variant_.score(s, p));
   }
   [[nodiscard]] bool visible(const position& p) const {
-    if (masks_.hides_in(p.batch) && !masks_.visible(p)) return false;
+    if (masks_.detail_hides_in(p.batch) && !masks_.visible(p)) return false;
     if constexpr (hides_positions<Variant>) return variant_.visible(p);
     return visible_to_variant({p.batch, p.q_head, p.q_head + 1, p.query, p.query + 1, p.key, p.key + 1}) !=
            visibility::none;
@@ -129,7 +163,7 @@ class draft_variant {
   }
   [[nodiscard]] std::uint64_t visible_bits(position p) const requires hides_bits<Variant> {
     std::uint64_t bits = variant_.visible_bits(p);
-    if (!masks_.hides_in(p.batch)) return bits;
+    if (!masks_.detail_hides_in(p.batch)) return bits;
     for (std::uint64_t bit = 1; bit != 0; bit <<= 1, ++p.key) {
       if (!masks_.visible(p)) bits &= ~bit;
     }
@@ -167,14 +201,24 @@ template <class Q, class KV, class Out>
   if (!options.masks.empty() && options.masks.size() != ragged.sequences.size())
     return make_fault(errc::shape, "options.masks: expected %zu entries, got %zu", ragged.sequences.size(),
                       options.masks.size());
+  if (const auto f = find_count_fault("options.positions", options.positions, q.extent(1))) return f;
+  for (std::size_t i = 0; i < options.positions.size(); ++i) {
+    if (options.positions[i] < 0 || options.positions[i] > position_limit)
+      return make_fault(errc::range, "options.positions[%zu]: expected a position within [0, 2^60], got %lld", i,
+                        printable(options.positions[i]));
+  }
   for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
     const index_t there = kv.length(static_cast<index_t>(ragged.sequences[n]));
     const index_t length = common.kv_lengths.empty() ? there : common.kv_lengths[n];
     if (const auto f = find_kv_length_fault("options.common.kv_lengths", static_cast<index_t>(n), length, there))
       return f;
+    const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
+    if (!options.positions.empty() && rows > length)
+      return make_fault(errc::length,
+                        "options.positions: expected sequences of at least their rows' keys, got %lld of %lld",
+                        printable(length), printable(rows));
     if (options.masks.empty() || is_absent(options.masks[n])) continue;
     const auto& mask = options.masks[n];
-    const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
     if (mask.extent(0) != rows || mask.extent(1) != rows || rows > length)
       return make_fault(errc::shape,
                         "options.masks[%zu]: expected [%lld, %lld] of at least as many keys, got [%lld, "
@@ -186,7 +230,8 @@ template <class Q, class KV, class Out>
     if (const auto f = find_extents_fault(describe("options.masks", as_operand))) return f;
     if (const auto f = find_overlap_with(out_or_state, describe("options.masks", as_operand))) return f;
   }
-  for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences)}) {
+  for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences),
+                              describe("options.positions", options.positions)}) {
     if (const auto f = find_overlap_with(out_or_state, read)) return f;
   }
   return find_memory_fault(q, kv, out_or_state, common);
@@ -202,15 +247,17 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, con
   if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
   if (const auto f = find_turns_fault(q)) return raise(f);
   std::vector<draft_masks::place> places;
-  if (!options.masks.empty()) {
+  if (!options.masks.empty() || !options.positions.empty()) {
     auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
     p.ragged = ragged;
     for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
       const index_t length = p.length(kv, n);
-      places.push_back({p.query_offset(n, length), length - p.q_len(n)});
+      places.push_back({p.query_offset(n, length), length - p.q_len(n), length});
     }
   }
-  const draft_masks masks(options.masks, std::move(places));
+  const interval_rule rule(common.causal, common.window);
+  const draft_masks masks(options.masks, places, ragged, rule);
+  if (!options.positions.empty()) common.causal = false, common.window = {};  // which are by slots
   if constexpr (std::is_same_v<Variant, no_variant>) {
     attend_checked(q, kv, out, common, ragged, masks, ctx);
   } else {
@@ -223,7 +270,7 @@ template <class Q, class KV, class Out, class Variant>
 void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                 Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
   const auto queries = as_turnable_rows(std::forward<Q>(q));
-  const ragged_rows ragged{q_offsets, sequences, options.share_prefixes};
+  const ragged_rows ragged{q_offsets, sequences, options.share_prefixes, options.positions};
   if constexpr (output_state<Out>) {
     const auto& lse = out.lse;
     using lse_view = std::remove_cvref_t<decltype(lse)>;

@@ -13,6 +13,7 @@
 #include <gqa/context.hpp>                // context: who runs the tasks, and scratch memory
 #include <gqa/diagnostics.hpp>            // attention_map(), entropy, mass, similarity of heads, compare()
 #include <gqa/eigen_tensor.hpp>           // view() of Eigen::Tensor and TensorMap
+#include <gqa/encoder_alibi.hpp>          // encoder_alibi: ALiBi by the distance to either side
 #include <gqa/error.hpp>                  // errc, error, set_error_handler()
 #include <gqa/grouped_attention.hpp>      // grouped_attention(): near keys exactly, far keys by query groups
 #include <gqa/grouped_options.hpp>        // grouped_options, grouped_report
@@ -38,9 +39,10 @@
 #include <gqa/query_groups.hpp>      // query_groups, grouping_options
 #include <gqa/reference.hpp>         // reference::attention(): naive, in double; oracle and baseline
 #include <gqa/ring_kv_cache.hpp>  // ring_kv_cache: the first tokens and the newest ones, in memory that does not grow
-#include <gqa/rope.hpp>           // rope: rotary position embedding, with linear, NTK, YaRN and Llama 3 scaling
-#include <gqa/rope_turns.hpp>     // turned(): rows that rope turns on their way into a call or a cache
-#include <gqa/state.hpp>          // partial_state, merge(), merge_many()
+#include <gqa/rope.hpp>           // rope: rotary position embedding
+#include <gqa/rope_frequencies.hpp>        // its frequencies by each published rule: YaRN, Llama 3, LongRoPE, ...
+#include <gqa/rope_turns.hpp>              // turned(): rows that rope turns on their way into a call or a cache
+#include <gqa/state.hpp>                   // partial_state, merge(), merge_many()
 #include <gqa/streaming_attention.hpp>     // streaming_attention(): over a ring, with positions of the cache
 #include <gqa/tensor_view.hpp>             // tensor_view, view() and view_as() of raw memory
 #include <gqa/variants.hpp>                // attention_variant: your own scores and masks

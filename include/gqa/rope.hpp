@@ -1,25 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// rope: rotary position embedding of queries and keys, and how trained frequencies are stretched for longer texts.
+/// rope: rotary position embedding of queries and keys.
 ///
-/// Pair i of a row at position p turns by p f_i; with d rotated elements and a base b the frequencies are
-///     f_i = b^(-2 i / d), i < d / 2            (RoFormer, Su et al. 2021)
-/// stretched by a factor s over a trained length L:
-///     linear  f_i / s                          (position interpolation, Chen et al. 2023)
-///     ntk     the same with the base b s^(d / (d - 2)): the lowest as linear, the highest as they are (bloc97 2023)
-///     yarn    f_i / s for pairs of less than beta_slow turns within L, f_i for those of more than beta_fast, between
-///             them a ramp; rows grow by 0.1 ln s + 1    (Peng et al. 2023, with the rounding of its published code)
-///     llama3  f_i / s for wavelengths above L / low, f_i for those below L / high, between them a ramp in 1 /
-///     wavelength
-///             (the released code of Llama 3.1)
-/// The product of a query and a key then depends on their distance alone. Rows are turned in memory by rotate(), or on
-/// their way into a call or a cache: turned() (rope_turns.hpp).
+/// Pair i of a row at position p turns by p f_i, and grows by a magnitude; by which frequencies is the model's: any
+/// list, or one by the rules of rope_frequencies.hpp, which names their sources. The product of a query and a key then
+/// depends on their distance alone. Rows are turned in memory by rotate(), or on their way into a call or a cache:
+/// turned() (rope_turns.hpp).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <numbers>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -31,11 +22,13 @@
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
+#include <gqa/rope_frequencies.hpp>
 #include <gqa/rope_turns.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {
 
+/// The rules that need no more than numbers.
 enum class rope_scaling { none, linear, ntk, yarn, llama3 };
 
 struct rope_options {
@@ -45,7 +38,7 @@ struct rope_options {
   rope_scaling scaling = rope_scaling::none;
   double factor = 1;                       ///< s, at least 1
   index_t trained_length = 0;              ///< L, of yarn and llama3
-  double beta_fast = 32, beta_slow = 1;    ///< of yarn, turns within L
+  double beta_fast = 32, beta_slow = 1;    ///< of yarn, turns within L; more of its numbers: yarn_frequencies()
   double low_factor = 1, high_factor = 4;  ///< of llama3, parts of L
 };
 
@@ -55,12 +48,18 @@ class rope {
  public:
   /// \throws error  (errc::option) for dims that are odd or more than head_dim, and for numbers out of their ranges
   explicit rope(index_t head_dim, const rope_options& options = {});
+  /// By any frequencies: those of a rule, or a model's own.
+  /// \param frequencies  of the first pairs of a row: up to head_dim / 2
+  /// \throws error       errc::shape for more pairs than fit a row, errc::option for numbers that are not finite
+  rope(index_t head_dim, rope_frequencies frequencies, rope_pairing pairing = rope_pairing::neighbours);
 
   [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
-  /// [dims / 2], radians a position.
-  [[nodiscard]] std::span<const double> frequencies() const noexcept { return frequencies_; }
+  [[nodiscard]] rope_pairing pairing() const noexcept { return pairing_; }
+  /// [dims / 2], radians a position. (Of a temporary a copy, which outlives it.)
+  [[nodiscard]] std::span<const double> frequencies() const& noexcept { return frequencies_.radians; }
+  [[nodiscard]] std::vector<double> frequencies() && noexcept { return std::move(frequencies_.radians); }
   /// What rotated elements grow by.
-  [[nodiscard]] double magnitude() const noexcept { return magnitude_; }
+  [[nodiscard]] double magnitude() const noexcept { return frequencies_.magnitude; }
 
   /// What turns tokens at these positions, to be used again for every layer.
   /// \tparam A      float, or double for rows of double
@@ -70,19 +69,27 @@ class rope {
   [[nodiscard]] rope_turns<A> turns(std::span<const index_t> positions, context& ctx) const {
     if (const auto f = find_positions_fault("positions", positions)) {
       detail::raise(f);
-      return {0, pairs(), options_.pairing};
+      return {0, pairs(), pairing_};
     }
-    rope_turns<A> made(static_cast<index_t>(positions.size()), pairs(), options_.pairing);
-    ctx.for_each(made.tokens(), [&](index_t token, index_t) {
-      A *const cosines = made.cosines(token), *const sines = made.sines(token);
-      const auto position = static_cast<double>(positions[static_cast<std::size_t>(token)]);
-      for (index_t i = 0; i < pairs(); ++i) {
-        const double angle = position * frequencies_[static_cast<std::size_t>(i)];
-        cosines[i] = static_cast<A>(magnitude_ * std::cos(angle));
-        sines[i] = static_cast<A>(magnitude_ * std::sin(angle));
-      }
+    return turns_by<A>(static_cast<index_t>(positions.size()), ctx,
+                       [positions](index_t token, index_t) { return positions[static_cast<std::size_t>(token)]; });
+  }
+  /// The same of tokens with a position on each of several axes, as those of images and videos have (Qwen2-VL, Wang et
+  /// al. 2024): each pair turns by the position on its own axis.
+  /// \param positions     [axes, n]
+  /// \param axis_of_pair  [pairs]: axes_of_sections(), or any other order
+  /// \throws error        errc::shape for other numbers of entries, errc::range for positions beyond 2^60 and for axes
+  ///                      that there are not
+  template <class A>
+  [[nodiscard]] rope_turns<A> turns_of_axes(const tensor_view<const index_t, 2>& positions,
+                                            std::span<const index_t> axis_of_pair, context& ctx) const {
+    if (const auto f = find_axes_fault(positions, axis_of_pair)) {
+      detail::raise(f);
+      return {0, pairs(), pairing_};
+    }
+    return turns_by<A>(positions.extent(1), ctx, [&](index_t token, index_t pair) {
+      return positions(axis_of_pair[static_cast<std::size_t>(pair)], token);
     });
-    return made;
   }
 
   /// Turns rows in place.
@@ -130,12 +137,53 @@ class rope {
   }
 
  private:
-  [[nodiscard]] index_t pairs() const noexcept { return static_cast<index_t>(frequencies_.size()); }
+  [[nodiscard]] index_t pairs() const noexcept { return static_cast<index_t>(frequencies_.radians.size()); }
+
+  /// Turns of tokens whose pairs are at position_of(token, pair).
+  template <class A, class PositionOf>
+  [[nodiscard]] rope_turns<A> turns_by(index_t tokens, context& ctx, const PositionOf& position_of) const {
+    rope_turns<A> made(tokens, pairs(), pairing_);
+    ctx.for_each(tokens, [&](index_t token, index_t) { set_turns(made, token, position_of); });
+    return made;
+  }
+  template <class A, class PositionOf>
+  void set_turns(rope_turns<A>& made, index_t token, const PositionOf& position_of) const noexcept {
+    A *const cosines = made.cosines(token), *const sines = made.sines(token);
+    for (index_t i = 0; i < pairs(); ++i) {
+      const double angle =
+          static_cast<double>(position_of(token, i)) * frequencies_.radians[static_cast<std::size_t>(i)];
+      cosines[i] = static_cast<A>(magnitude() * std::cos(angle));
+      sines[i] = static_cast<A>(magnitude() * std::sin(angle));
+    }
+  }
 
   [[nodiscard]] static detail::fault find_positions_fault(const char* name,
                                                           std::span<const index_t> positions) noexcept {
     for (std::size_t i = 0; i < positions.size(); ++i) {
       if (const auto f = detail::find_position_fault(name, i, positions[i])) return f;
+    }
+    return {};
+  }
+  [[nodiscard]] detail::fault find_axes_fault(const tensor_view<const index_t, 2>& positions,
+                                              std::span<const index_t> axis_of_pair) const noexcept {
+    using detail::make_fault, detail::printable;
+    if (static_cast<index_t>(axis_of_pair.size()) != pairs())
+      return make_fault(errc::shape, "axis_of_pair: expected %lld entries, got %zu", printable(pairs()),
+                        axis_of_pair.size());
+    const index_t axes = positions.extent(0), tokens = positions.extent(1);
+    if (axes < 0 || tokens < 0 || (axes > 0 && tokens > 0 && positions.data() == nullptr))
+      return make_fault(errc::shape, "positions: expected [axes, tokens], got [%lld, %lld] at %s", printable(axes),
+                        printable(tokens), positions.data() == nullptr ? "null" : "some memory");
+    for (std::size_t i = 0; i < axis_of_pair.size(); ++i) {
+      if (axis_of_pair[i] < 0 || axis_of_pair[i] >= axes)
+        return make_fault(errc::range, "axis_of_pair[%zu]: expected 0 to %lld, got %lld", i, printable(axes - 1),
+                          printable(axis_of_pair[i]));
+    }
+    for (index_t axis = 0; axis < axes; ++axis) {
+      for (index_t token = 0; token < tokens; ++token) {
+        const auto at = static_cast<std::size_t>(axis * tokens + token);
+        if (const auto f = detail::find_position_fault("positions", at, positions(axis, token))) return f;
+      }
     }
     return {};
   }
@@ -150,110 +198,114 @@ class rope {
   [[nodiscard]] detail::fault find_rows_fault(const tensor_view<T, 4>& rows,
                                               const rope_turns<A>& turns) const noexcept {
     if (const auto f = find_head_dim_fault(rows)) return f;
-    if (turns.pairs() != pairs() || turns.pairing() != options_.pairing)
+    if (turns.pairs() != pairs() || turns.pairing() != pairing_)
       return detail::make_fault(errc::shape, "turns: expected those of this rope, of %lld pairs, got some of %lld",
                                 detail::printable(pairs()), detail::printable(turns.pairs()));
     return detail::find_turns_fault(rows, turns);
   }
 
-  /// Checked rows, whose turns are made for so many tokens at a time.
+  /// Checked rows, whose turns are made for so many tokens at a time, in memory that is had before any row is turned.
   template <class T, class PositionOf>
   void rotate_in_chunks(const tensor_view<T, 4>& x, const PositionOf& position_of, context& ctx) const {
+    using A = accumulator_t<T>;
     constexpr index_t chunk = 512;
-    std::vector<index_t> positions;
-    for (index_t b = 0; b < x.extent(0); ++b) {
-      for (index_t first = 0; first < x.extent(1); first += chunk) {
-        positions.clear();
-        for (index_t s = first; s < (std::min)(first + chunk, x.extent(1)); ++s) positions.push_back(position_of(b, s));
-        const tensor_view<T, 4> some(&x(b, first, 0, 0),
-                                     {1, static_cast<index_t>(positions.size()), x.extent(2), x.extent(3)},
-                                     {0, x.stride(1), x.stride(2), x.stride(3)});
-        rotate_rows(some, turns<accumulator_t<T>>(positions, ctx), ctx);
-      }
-    }
+    const index_t tokens = x.extent(0) * x.extent(1);
+    if (tokens == 0) return;
+    rope_turns<A> some((std::min)(chunk, tokens), pairs(), pairing_);
+    const auto turn_token = [&](index_t token, index_t slot) {
+      const index_t b = token / x.extent(1), s = token % x.extent(1);
+      set_turns(some, slot, [&](index_t, index_t) { return position_of(b, s); });
+      for (index_t h = 0; h < x.extent(2); ++h) turn_row(&x(b, s, h, 0), some, slot);
+    };
+    for (index_t first = 0; first < tokens; first += chunk)
+      ctx.for_each((std::min)(chunk, tokens - first), [&](index_t n, index_t) { turn_token(first + n, n); });
+  }
+  template <class T, class A>
+  static void turn_row(T* row, const rope_turns<A>& turns, index_t token) noexcept {
+    detail::turn_pairs(row, turns, token, [row](index_t d, A turned) { row[d] = static_cast<T>(turned); });
   }
 
   template <class T, class A>
   void rotate_rows(const tensor_view<T, 4>& x, const rope_turns<A>& turns, context& ctx) const {
     ctx.for_each(turns.tokens(), [&](index_t token, index_t) {
-      for (index_t h = 0; h < x.extent(2); ++h) {
-        T* const row = &x(token / x.extent(1), token % x.extent(1), h, 0);
-        detail::turn_pairs(row, turns, token, [row](index_t d, A turned) { row[d] = static_cast<T>(turned); });
-      }
+      for (index_t h = 0; h < x.extent(2); ++h)
+        turn_row(&x(token / x.extent(1), token % x.extent(1), h, 0), turns, token);
     });
   }
 
-  void set_frequencies();
-
   index_t head_dim_;
-  rope_options options_;
-  std::vector<double> frequencies_;
-  double magnitude_ = 1;
+  rope_pairing pairing_;
+  rope_frequencies frequencies_;
 };
 
-inline rope::rope(index_t head_dim, const rope_options& options) : head_dim_(head_dim), options_(options) {
+inline rope::rope(index_t head_dim, const rope_options& options) : head_dim_(head_dim), pairing_(options.pairing) {
+  const index_t dims = options.dims == 0 ? head_dim : options.dims;
   const auto find_fault = [&]() -> detail::fault {
     using detail::make_fault, detail::printable;
     if (head_dim < 1) return make_fault(errc::shape, "rope: expected head_dim >= 1, got %lld", printable(head_dim));
-    if (options.dims < 0 || options.dims > head_dim || (options.dims == 0 ? head_dim : options.dims) % 2 != 0)
+    if (options.dims < 0 || options.dims > head_dim || dims % 2 != 0)
       return make_fault(errc::option, "rope dims: expected an even number up to %lld, got %lld", printable(head_dim),
                         printable(options.dims));
-    if (!(options.base > 1 && std::isfinite(options.base)))
-      return make_fault(errc::option, "rope base: expected a finite number above 1, got %g", options.base);
     if (options.pairing < rope_pairing::neighbours || options.pairing > rope_pairing::halves ||
         options.scaling < rope_scaling::none || options.scaling > rope_scaling::llama3)
       return make_fault(errc::option, "rope pairing, scaling: expected enumerators, got %d, %d",
                         static_cast<int>(options.pairing), static_cast<int>(options.scaling));
-    if (!(options.factor >= 1 && std::isfinite(options.factor)))
-      return make_fault(errc::option, "rope factor: expected a finite number of at least 1, got %g", options.factor);
-    const bool is_trained = options.scaling == rope_scaling::yarn || options.scaling == rope_scaling::llama3;
-    if (is_trained && options.trained_length < 1)
-      return make_fault(errc::option, "rope trained_length: expected 1 or more, got %lld",
-                        printable(options.trained_length));
-    if (options.scaling == rope_scaling::yarn && !(options.beta_slow > 0 && options.beta_fast > options.beta_slow))
-      return make_fault(errc::option,
-                        "rope beta_fast, beta_slow: expected the first above the other above 0, got %g, %g",
-                        options.beta_fast, options.beta_slow);
-    if (options.scaling == rope_scaling::llama3 &&
-        !(options.low_factor > 0 && options.high_factor > options.low_factor))
-      return make_fault(errc::option,
-                        "rope high_factor, low_factor: expected the first above the other above 0, got %g, %g",
-                        options.high_factor, options.low_factor);
-    return {};
+    return detail::find_frequencies_fault(dims, options.base, options.factor);
   };
   if (const auto f = find_fault()) {
     head_dim_ = 0;  // where raise() returns: what turns nothing fits no rows
     detail::raise(f);
     return;
   }
-  set_frequencies();
+  switch (options.scaling) {
+    case rope_scaling::none:
+      frequencies_ = own_frequencies(dims, options.base);
+      break;
+    case rope_scaling::linear:
+      frequencies_ = linear_frequencies(dims, options.base, options.factor);
+      break;
+    case rope_scaling::ntk:
+      frequencies_ = ntk_frequencies(dims, options.base, options.factor);
+      break;
+    case rope_scaling::yarn:
+      frequencies_ = yarn_frequencies(dims, {.base = options.base,
+                                             .factor = options.factor,
+                                             .trained_length = options.trained_length,
+                                             .beta_fast = options.beta_fast,
+                                             .beta_slow = options.beta_slow});
+      break;
+    case rope_scaling::llama3:
+      frequencies_ = llama3_frequencies(
+          dims, {options.base, options.factor, options.trained_length, options.low_factor, options.high_factor});
+      break;
+  }
+  if (frequencies_.radians.empty()) head_dim_ = 0;
 }
 
-inline void rope::set_frequencies() {
-  const rope_options& o = options_;
-  const auto dims = static_cast<double>(o.dims == 0 ? head_dim_ : o.dims);
-  const auto length = static_cast<double>(o.trained_length);
-  const double stretch = o.scaling == rope_scaling::ntk && dims > 2 ? std::pow(o.factor, dims / (dims - 2)) : 1;
-  // Where on the scale of pairs a pair lies that makes so many turns within the trained length.
-  const auto pair_of_turns = [&](double turns) {
-    return dims * std::log(length / (turns * 2 * std::numbers::pi)) / (2 * std::log(o.base));
+inline rope::rope(index_t head_dim, rope_frequencies frequencies, rope_pairing pairing)
+    : head_dim_(head_dim), pairing_(pairing), frequencies_(std::move(frequencies)) {
+  const auto find_fault = [&]() -> detail::fault {
+    using detail::make_fault, detail::printable;
+    if (head_dim < 1) return make_fault(errc::shape, "rope: expected head_dim >= 1, got %lld", printable(head_dim));
+    if (2 * pairs() > head_dim)
+      return make_fault(errc::shape, "rope frequencies: expected up to %lld pairs, got %lld", printable(head_dim / 2),
+                        printable(pairs()));
+    if (pairing < rope_pairing::neighbours || pairing > rope_pairing::halves)
+      return make_fault(errc::option, "rope pairing: expected an enumerator, got %d", static_cast<int>(pairing));
+    if (!std::isfinite(magnitude()))
+      return make_fault(errc::option, "rope magnitude: expected a finite number, got %g", magnitude());
+    for (std::size_t i = 0; i < frequencies_.radians.size(); ++i) {
+      if (!std::isfinite(frequencies_.radians[i]))
+        return make_fault(errc::option, "rope frequencies[%zu]: expected a finite number, got %g", i,
+                          frequencies_.radians[i]);
+    }
+    return {};
   };
-  for (double i = 0; i < dims / 2; ++i) {
-    const double own = std::pow(o.base * stretch, -2 * i / dims), stretched = own / o.factor;
-    double kept = 1;  // the part of the frequency that is not stretched
-    if (o.scaling == rope_scaling::linear) kept = 0;
-    if (o.scaling == rope_scaling::yarn) {
-      const double low = (std::max)(std::floor(pair_of_turns(o.beta_fast)), 0.0);
-      const double high = (std::min)(std::ceil(pair_of_turns(o.beta_slow)), dims - 1);
-      kept = 1 - std::clamp((i - low) / (std::max)(high - low, 0.001), 0.0, 1.0);
-    }
-    if (o.scaling == rope_scaling::llama3) {
-      const double turns = length * own / (2 * std::numbers::pi);
-      kept = std::clamp((turns - o.low_factor) / (o.high_factor - o.low_factor), 0.0, 1.0);
-    }
-    frequencies_.push_back(kept * own + (1 - kept) * stretched);
+  if (const auto f = find_fault()) {
+    head_dim_ = 0;
+    frequencies_ = {};
+    detail::raise(f);
   }
-  if (o.scaling == rope_scaling::yarn) magnitude_ = 0.1 * std::log(o.factor) + 1;
 }
 
 }  // namespace GQA_ISA

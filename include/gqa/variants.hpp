@@ -76,7 +76,7 @@ concept hides_bits = requires(const V& v, const position& p) {
 /// All rows of a KV head see the same panels of 16 keys, and all of each: of each tile a bit a panel.
 template <class V>
 concept shows_panels = requires(const V& v, index_t batch, index_t q_head, index_t tile) {
-  { v.panels_of(batch, q_head)(tile) } -> std::same_as<std::uint32_t>;
+  { v.detail_panels_of(batch, q_head)(tile) } -> std::same_as<std::uint32_t>;
 };
 template <class V>
 concept bounds_keys = requires(const V& v, const key_range& queries) {

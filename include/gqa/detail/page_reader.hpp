@@ -80,7 +80,7 @@ class chosen_pages {
     return bits;
   }
   /// The panels that a query head sees of each tile.
-  [[nodiscard]] auto panels_of(index_t batch, index_t q_head) const noexcept {
+  [[nodiscard]] auto detail_panels_of(index_t batch, index_t q_head) const noexcept {
     return [pages = pages_of(batch, q_head), whole = page_tokens_ == tile_tokens](index_t tile) noexcept {
       if (whole) return pages.has(tile) ? all_panels : 0;
       std::uint32_t panels = 0;

@@ -147,6 +147,19 @@ struct ragged_rows {
   std::span<const index_t> q_offsets = {};
   std::span<const sequence_id> sequences = {};
   bool shares_prefixes = true;
+  /// Of all rows, where distances are not those of slots: of a query its own; of its sequence's last q_len keys, which
+  /// are those of its queries' tokens, theirs; of keys before them their slots.
+  std::span<const index_t> positions = {};
+
+  [[nodiscard]] index_t position_of_query(index_t b, index_t s) const noexcept {
+    return positions[static_cast<std::size_t>(q_offsets[static_cast<std::size_t>(b)] + s)];
+  }
+  /// Of so many keys of sequence b.
+  [[nodiscard]] index_t position_of_key(index_t b, index_t key, index_t keys) const noexcept {
+    const index_t q_len = q_offsets[static_cast<std::size_t>(b) + 1] - q_offsets[static_cast<std::size_t>(b)];
+    const index_t s = key - (keys - q_len);
+    return s < 0 ? key : position_of_query(b, s);
+  }
 };
 
 /// The KV head that serves a query head.

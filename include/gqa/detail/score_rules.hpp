@@ -47,6 +47,7 @@ class score_rules {
  public:
   score_rules(const problem<A, L>& p, const Variant& variant) noexcept
       : options_(p.options),
+        ragged_(p.ragged),
         variant_(variant),
         plain_(!scores<Variant, A> && options_.softcap == 0 && !options_.bias && options_.alibi_slopes.empty()),
         factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
@@ -80,7 +81,7 @@ class score_rules {
     if (!options_.alibi_slopes.empty()) {
       const A slope = static_cast<A>(options_.alibi_slopes[static_cast<std::size_t>(row.q_head)]);
       for (index_t c = first; c < last; ++c)
-        s[c] = held(scalar_madd(slope, static_cast<A>(first_key + c - row.position), s[c]), s[c], A{0});
+        s[c] = held(scalar_madd(slope, static_cast<A>(distance(row, first_key + c)), s[c]), s[c], A{0});
     }
     if constexpr (scores<Variant, A>) {
       for (index_t c = first; c < last; ++c) {
@@ -93,6 +94,12 @@ class score_rules {
  private:
   static constexpr bool carries_factor =
       std::is_same_v<A, queries_of_left<L>> || std::is_same_v<queries_of_left<L>, q8>;  // in scales, there
+
+  /// From a row's position to a key's.
+  [[nodiscard]] index_t distance(const row_index& row, index_t key) const noexcept {
+    if (ragged_.positions.empty()) return key - row.position;
+    return ragged_.position_of_key(row.batch, key, row.keys) - ragged_.position_of_query(row.batch, row.query);
+  }
 
   /// A sum of two terms, at the end of the range of A where it has left it and they have not: only -inf hides a key.
   [[nodiscard]] static A held(A sum, A first, A second) noexcept {
@@ -110,6 +117,7 @@ class score_rules {
   }
 
   const attention_options& options_;
+  const ragged_rows& ragged_;
   const Variant& variant_;
   bool plain_;
   double factor_;

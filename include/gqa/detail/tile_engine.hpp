@@ -382,8 +382,9 @@ class tile_engine {
   /// bits are then those of a call without it.
   [[nodiscard]] bool sees_intervals(const row_tile& t) const noexcept {
     if (problem_.options.mask) return false;
-    if constexpr (requires { variant_.hides_in(t.b()); })
-      return std::none_of(t.members.begin(), t.members.end(), [this](index_t b) { return variant_.hides_in(b); });
+    if constexpr (requires { variant_.detail_hides_in(t.b()); })
+      return std::none_of(t.members.begin(), t.members.end(),
+                          [this](index_t b) { return variant_.detail_hides_in(b); });
     return !hides_keys<Variant>;
   }
 
@@ -567,7 +568,7 @@ class tile_engine {
   /// Streams the panels that a variant shows of some key tiles, and leaves out the others, as if there were none: the
   /// bits are those of a tile with the others hidden, for which zeros would be added.
   void stream_panels(const row_tile& t, key_range tiles, workspace& w, const raw_states<A>& states) const {
-    const auto panels_of = variant_.panels_of(t.b(), problem_.first_head(t.g));
+    const auto panels_of = variant_.detail_panels_of(t.b(), problem_.first_head(t.g));
     index_t i = tiles.begin;
     std::uint32_t panels = 0;  // of tile i
     const auto find_next = [&] {
