@@ -428,5 +428,41 @@ TEST(ProjectedAttention, RefusesWhatDoesNotFit) {
   EXPECT_EQ(call(of_none, {}), errc::ok);
 }
 
+// Heads without a finite key have directions all the same, at any dim: of an empty cache, an erased sequence, NaN.
+TEST(ProjectedKeys, MayHaveNothingToGoBy) {
+  context ctx;
+  for (const index_t dim : {1, 8, 47, 48, 64, 128}) {
+    for (const std::optional<index_t> rank :
+         {std::optional<index_t>{}, std::optional<index_t>{0}, std::optional<index_t>{1}}) {
+      kv_cache<float> cache(2, 1, 100, dim);
+      projected_keys<float> none(cache, {.rank = rank});
+      EXPECT_EQ(none.length(0), 0);
+      std::vector<float> k(static_cast<std::size_t>(70 * dim), std::numeric_limits<float>::quiet_NaN()),
+          v(k.size(), 1.0f);
+      cache.append(1, view(k.data(), {1, 70, 1, dim}), view(v.data(), {1, 70, 1, dim}));
+      projected_keys<float> of_nan(cache, {.rank = rank});
+      none.update(cache);
+      EXPECT_EQ(none.length(1), 70);
+      // Ordinary keys come later: they lie outside of directions that were found of nothing, and are read.
+      std::fill(k.begin(), k.end(), 0.5f);
+      cache.append(0, view(k.data(), {1, 70, 1, dim}), view(v.data(), {1, 70, 1, dim}));
+      none.update(cache);
+      std::vector<float> q(static_cast<std::size_t>(2 * dim), 1.0f), out(q.size());
+      projected_attention(view(q.data(), {2, 1, 1, dim}), cache, none, view(out.data(), {2, 1, 1, dim}),
+                          {.attention = {.causal = true}}, ctx);
+      EXPECT_EQ(out[0], 1.0f) << dim;
+      EXPECT_TRUE(std::isnan(out.back())) << dim;
+    }
+    paged_kv_cache<float> paged(1, 10, 16, 1, dim);
+    const sequence_id first = paged.create(), second = paged.create();
+    std::vector<float> k(static_cast<std::size_t>(20 * dim), 0.5f);
+    const tensor_view<const float, 3> rows(k.data(), {20, 1, dim});
+    paged.append(first, rows, rows), paged.append(second, rows, rows);
+    paged.erase(first);
+    const projected_keys<float> of_pages(paged.layer(0));
+    EXPECT_EQ(of_pages.length(1), 20);
+  }
+}
+
 }  // namespace
 }  // namespace gqa::test

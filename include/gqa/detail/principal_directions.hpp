@@ -42,7 +42,8 @@ void principal_directions<X>::find(matrix rows, std::optional<index_t> wanted, X
   if (rows.rows() > 0) mean = rows.colwise().mean();
   rows.rowwise() -= mean;
   matrix covariance = matrix::Zero(dim, dim);
-  covariance.template selfadjointView<Eigen::Lower>().rankUpdate(rows.transpose());
+  if (rows.rows() > 0)  // Eigen divides by the inner size
+    covariance.template selfadjointView<Eigen::Lower>().rankUpdate(rows.transpose());
   const Eigen::SelfAdjointEigenSolver<matrix> solved(covariance);
   const auto& variances = solved.eigenvalues();  // ascending
   const X all = variances.cwiseMax(X{0}).sum();
