@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <latch>
+#include <limits>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -12,6 +13,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/refusal.hpp"
 
 namespace gqa::test {
 namespace {
@@ -128,6 +130,45 @@ TEST(Context, PassesOnTheExceptionOfATask) {
   EXPECT_EQ(others, 19);
 }
 #endif
+
+// Sizes that cannot be are refused, and what was there before stays and serves.
+TEST(Context, RefusesToReserveWhatCannotBe) {
+  context ctx;
+  ctx.reserve(1 << 16, 4);
+  const std::size_t before = ctx.scratch_bytes();
+  EXPECT_GE(before, std::size_t{1} << 16);
+  for (const index_t sequences :
+       {index_t{-1}, index_t{1} << 61, std::numeric_limits<index_t>::max(), std::numeric_limits<index_t>::min()})
+    EXPECT_EQ(code_of([&] { ctx.reserve(0, sequences); }), errc::shape) << sequences;
+  for (const std::size_t bytes : {std::numeric_limits<std::size_t>::max(), std::numeric_limits<std::size_t>::max() - 62,
+                                  std::size_t{1} << 63, std::size_t{1} << 62})
+    EXPECT_EQ(code_of([&] { ctx.reserve(bytes); }), errc::capacity) << bytes;
+  EXPECT_EQ(code_of([&] { ctx.reserve(0, index_t{1} << 40); }), errc::capacity);
+  EXPECT_EQ(ctx.scratch_bytes(), before);
+  const operands<float, float> in(attention_case{{5, 3, 200, 4, 2, 32, 32}, with_causal, layout::bshd});
+  EXPECT_TRUE(matches_oracle(in, ctx));
+}
+
+// What a call needs is reserved by its shape, and nothing of it is computed.
+TEST(Context, ReservesByTheShapeOfACall) {
+  for (const index_t queries : {1, 40}) {
+    const operands<float, float> in(attention_case{{2, queries, 3000, 8, 2, 64, 64}, with_causal, layout::bshd});
+    std::vector<float> out(static_cast<std::size_t>(2 * queries * 8 * 64), 7.0f);
+    const auto to = view(out.data(), {2, queries, 8, 64});
+    context ctx;
+    reserve(in.q.view(), in.k.view(), in.v.view(), to, in.options, ctx);
+    EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
+    const std::size_t reserved = ctx.scratch_bytes();
+    EXPECT_GT(reserved, 0u);
+    attention(in.q.view(), in.k.view(), in.v.view(), to, in.options, ctx);
+    EXPECT_EQ(ctx.scratch_bytes(), reserved);
+    EXPECT_NE(out[0], 7.0f);
+    kv_cache<float> cache(2, 2, 3000, 64);
+    cache.append(in.k.view(), in.v.view());
+    attention(in.q.view(), cache, to, in.options, ctx);
+    EXPECT_EQ(ctx.scratch_bytes(), reserved);
+  }
+}
 
 }  // namespace
 }  // namespace gqa::test

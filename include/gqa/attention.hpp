@@ -92,11 +92,11 @@ constexpr void require_dtypes() noexcept {
 
 inline namespace GQA_ISA {
 
-/// What is read is apart from what is written.
+/// Outputs may not overlap inputs.
 template <class Out>
 [[nodiscard]] fault find_overlap_with(const Out& out_or_state, const operand& read) noexcept {
   if constexpr (output_state<Out>) {
-    if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), read)) return f;
+    if (const auto f = find_overlap_fault(describe("out.lse", out_or_state.lse), read)) return f;
   }
   return find_overlap_fault(describe("out", output_view(out_or_state)), read);
 }
@@ -108,7 +108,7 @@ template <class Q, class Source, class Out>
   if constexpr (output_state<Out>) {
     const auto out = output_view(out_or_state);
     if (const auto f = find_lse_fault("out", out_or_state.lse, out)) return f;
-    if (const auto f = find_overlap_fault(describe_lse("out.lse", out_or_state.lse), describe("out", out))) return f;
+    if (const auto f = find_overlap_fault(describe("out.lse", out_or_state.lse), describe("out", out))) return f;
   }
   const auto find_overlap = [&](const operand& read) noexcept { return find_overlap_with(out_or_state, read); };
   if (const auto f = find_overlap(describe("q", q))) return f;
@@ -121,19 +121,7 @@ template <class Q, class Source, class Out>
       if (const auto f = find_overlap(table)) return f;
     }
   }
-  if (options.mask) {
-    if (const auto f = find_overlap(describe("options.mask", *options.mask))) return f;
-  }
-  if (options.bias) {
-    if (const auto f = find_overlap(describe("options.bias", *options.bias))) return f;
-  }
-  for (const operand& o :
-       {describe("options.query_offsets", options.query_offsets),
-        describe("options.alibi_slopes", options.alibi_slopes), describe("options.sinks", options.sinks),
-        describe("options.kv_lengths", options.kv_lengths), describe("options.group_offsets", options.group_offsets)}) {
-    if (const auto f = find_overlap(o)) return f;
-  }
-  return {};
+  return find_in_options(options, find_overlap);
 }
 
 /// The source, extents, layouts and options of a call.
@@ -329,6 +317,16 @@ template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 [[nodiscard]] errc check(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options = {}) noexcept {
   return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
+}
+
+/// Makes room in a context for attention(q, k, v, out, options, ctx), and plans it, so that calls of this shape and of
+/// smaller ones allocate nothing. Nothing of q, k, v and out is read or written: their pointers may point anywhere but
+/// nowhere. Over a cache of the same extents a call needs no more; give the longest sequences that there will be.
+/// \throws error  as attention() does, and errc::capacity if the memory cannot be had
+template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
+void reserve(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, context& ctx) {
+  const context::detail_dry_run dry(ctx);
+  attention(std::forward<Q>(q), std::forward<K>(k), std::forward<V>(v), std::forward<Out>(out), options, ctx);
 }
 
 }  // namespace GQA_ISA

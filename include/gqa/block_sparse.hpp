@@ -137,6 +137,10 @@ class block_sparse_mask {
                                                      tensor_view<const bool, 3> blocks) {
     block_sparse_mask mask(shape);
     if (mask.blocks() == 0) return mask;
+    if (const auto f = detail::find_extents_fault(detail::describe("blocks", blocks))) {
+      mask.forget(f);
+      return mask;
+    }
     const index_t key_blocks = key_block < 1 ? -1 : detail::ceil_div(shape.kv_len, key_block);
     if (blocks.extent(0) != shape.lists || blocks.extent(1) != mask.blocks() || blocks.extent(2) != key_blocks) {
       mask.forget(detail::make_fault(errc::shape, "blocks: expected [%lld, %lld, %lld], got [%lld, %lld, %lld]",
@@ -155,8 +159,9 @@ class block_sparse_mask {
   [[nodiscard]] index_t blocks() const noexcept {
     return shape_.q_len == 0 ? 0 : block_at(shape_.offset() + shape_.q_len - 1) - first_block() + 1;
   }
-  /// Tiles that the n-th query block sees.
+  /// Tiles that the n-th query block sees; none of what there are no lists for.
   [[nodiscard]] std::span<const std::int32_t> tiles(index_t batch, index_t list, index_t block) const noexcept {
+    if (batch < 0 || list < 0 || block < 0 || block >= blocks() || !has_list(batch, list)) return {};
     const auto at = static_cast<std::size_t>(row_of(batch, list, block));
     return std::span(tiles_).subspan(static_cast<std::size_t>(offsets_[at]),
                                      static_cast<std::size_t>(offsets_[at + 1] - offsets_[at]));
@@ -307,12 +312,16 @@ inline detail::fault block_sparse_mask::find_shape_fault(const block_sparse_shap
   if (const auto f = find_least_fault(name, "heads_per_list", 1, shape.heads_per_list)) return f;
   if (const auto f = find_least_fault(name, "batch", 1, shape.batch)) return f;
   // Tiles have numbers of 32 bits, and no product of extents overflows.
-  constexpr index_t most = index_t{1} << 36, most_lists = index_t{1} << 20;
+  constexpr index_t most = index_t{1} << 36, most_lists = index_t{1} << 20, most_block = index_t{1} << 20;
   for (const index_t length : {shape.q_len, shape.kv_len, shape.query_block, shape.offset()}) {
     if (length > most || length < -most)
       return detail::make_fault(errc::shape, "%s: expected lengths and offsets within 2^36, got %lld", name,
                                 detail::printable(length));
   }
+  // Bits of a tile are kept for all queries of a block, whether the call has them or not: 8 MiB at the most.
+  if (shape.query_block > most_block)
+    return detail::make_fault(errc::shape, "%s: expected query_block <= 2^20, got %lld", name,
+                              detail::printable(shape.query_block));
   if (shape.lists > most_lists || shape.heads_per_list > most_lists || shape.batch > most_lists / shape.lists)
     return detail::make_fault(errc::shape, "%s: expected at most 2^20 lists, got %lld of %lld heads for %lld sequences",
                               name, detail::printable(shape.lists), detail::printable(shape.heads_per_list),

@@ -152,7 +152,7 @@ void gated_sum(std::type_identity_t<std::span<const tensor_view<const T, 4>>> br
                                 gates.size());
     for (const auto& gate : gates) {
       if (const auto f = detail::find_lse_fault("gate", gate, out)) return f;
-      if (const auto f = detail::find_overlap_fault(detail::describe("out", out), detail::describe_lse("gate", gate)))
+      if (const auto f = detail::find_overlap_fault(detail::describe("out", out), detail::describe("gate", gate)))
         return f;
     }
     return {};

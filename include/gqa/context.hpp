@@ -8,9 +8,11 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/pool_executor.hpp>
@@ -43,7 +45,9 @@ class growing_memory {
   /// `bytes` at least; nullptr after a capacity error where exceptions are off.
   [[nodiscard]] std::byte* at_least(std::size_t bytes, const char* what) {
     if (bytes <= size_) return data_;
-    void* const grown = ::operator new(bytes, alignment, std::nothrow);
+    // Sizes of that order wrap around in the allocator, on their way to a multiple of the alignment.
+    constexpr auto most = static_cast<std::size_t>((std::numeric_limits<std::ptrdiff_t>::max)()) / 2;
+    void* const grown = bytes > most ? nullptr : ::operator new(bytes, alignment, std::nothrow);
     if (grown == nullptr) {
       raise(make_fault(errc::capacity, "context: expected room for %zu bytes of %s, got none", bytes, what));
       return nullptr;
@@ -86,13 +90,19 @@ class context {
   context(const context&) = delete;
   context& operator=(const context&) = delete;
 
-  /// Makes room for calls of up to `sequences` that need up to `bytes` of scratch, so that they allocate nothing.
-  /// \throws error (errc::capacity) if the memory cannot be had; what was there before stays.
+  /// Makes room for calls of up to `sequences` that need up to `bytes` of scratch, so that they allocate nothing. How
+  /// many a call needs scratch_bytes() says after it; gqa::reserve() (attention.hpp) makes room by a call's shape.
+  /// \throws error errc::shape for less than 0 sequences or more than 2^40, errc::capacity if the memory cannot be had;
+  ///               what was there before stays
   void reserve(std::size_t bytes, index_t sequences = 64) {
+    if (sequences < 0 || sequences > most_sequences)
+      return detail::raise(detail::make_fault(errc::shape, "context: expected 0 to 2^40 sequences, got %lld",
+                                              static_cast<long long>(sequences)));
+    if (detail_plan(sequences) == nullptr || detail_families(sequences) == nullptr) return;
     static_cast<void>(detail_scratch(bytes));
-    static_cast<void>(detail_plan(sequences));
-    static_cast<void>(detail_families(sequences));
   }
+  /// Bytes of scratch that the context has: those of the call that needed most, or what was reserved.
+  [[nodiscard]] std::size_t scratch_bytes() const noexcept { return scratch_.size(); }
 
   /// Number of workers, at least 1.
   [[nodiscard]] index_t concurrency() const {
@@ -156,9 +166,26 @@ class context {
     const std::size_t bytes = (3 * static_cast<std::size_t>(sequences) + 1) * sizeof(index_t);
     return reinterpret_cast<index_t*>(families_.at_least(bytes, "families"));
   }
+  /// Internal: while this is there calls make room for what they need, and then return.
+  class detail_dry_run {
+   public:
+    explicit detail_dry_run(context& ctx) noexcept : ctx_(ctx), before_(std::exchange(ctx.is_dry_, true)) {}
+    ~detail_dry_run() { ctx_.is_dry_ = before_; }
+    detail_dry_run(const detail_dry_run&) = delete;
+    detail_dry_run& operator=(const detail_dry_run&) = delete;
+
+   private:
+    context& ctx_;
+    bool before_;
+  };
+  [[nodiscard]] bool detail_is_dry() const noexcept {
+    return is_dry_;
+  }
   static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 160;
 
  private:
+  static constexpr index_t most_sequences = index_t{1} << 40;  // so that no product of sizes overflows
+
   template <class E>
   void bind(E& e) noexcept {
     executor_ = const_cast<void*>(static_cast<const void*>(std::addressof(e)));  // cast back to E, const or not
@@ -173,6 +200,7 @@ class context {
   detail::growing_memory scratch_, plan_, families_;
   std::unique_ptr<context[]> workers_;
   index_t worker_count_ = 0;
+  bool is_dry_ = false;
 };
 
 }  // namespace gqa

@@ -49,6 +49,31 @@ struct difference {
 
 namespace detail {
 
+inline namespace GQA_ISA {
+
+/// A number a row that is made of a call with options over a source, [B, S, H]: all that attention() would find, with
+/// that number in the place of its output, before memory for an output is asked for.
+template <class R, class Q, class KV>
+[[nodiscard]] fault find_rows_result_fault(const char* name, const tensor_view<R, 3>& result,
+                                           const tensor_view<Q, 4>& q_in, const KV& kv,
+                                           const attention_options& options) noexcept {
+  const tensor_view<const std::remove_const_t<Q>, 4> q(q_in);
+  const operand to = describe(name, result);
+  if (const auto f = find_written_fault(to)) return f;
+  // An output as the checks want to see one: never read or written.
+  const tensor_view<R, 4> as_output(result.data(), {q.extent(0), q.extent(1), q.extent(2), kv.value_dim()});
+  if (const auto f = find_operands_fault(q, kv, as_output, options)) return f;
+  if (const auto f = find_lse_fault(name, result, q)) return f;
+  if (const auto f = find_overlap_fault(to, describe("q", q))) return f;
+  if constexpr (requires { kv.keys(); }) {
+    if (const auto f = find_overlap_fault(to, describe("k", kv.keys()))) return f;
+    if (const auto f = find_overlap_fault(to, describe("v", kv.values()))) return f;
+  }
+  return find_in_options(options, [&](const operand& read) noexcept { return find_overlap_fault(to, read); });
+}
+
+}  // namespace GQA_ISA
+
 /// Views of the same four extents.
 [[nodiscard]] inline fault find_same_shape_fault(const operand& a, const operand& b) noexcept {
   for (int axis = 0; axis < 4; ++axis) {
@@ -96,9 +121,17 @@ void attention_map(tensor_view<const Q, 4> q, tensor_view<const K, 4> k, tensor_
                                 detail::printable(range.batch), detail::printable(range.q_head));
     if (const auto f = detail::find_range_fault("range.queries", range.queries, shape.q_len)) return f;
     if (const auto f = detail::find_range_fault("range.keys", range.keys, shape.kv_len)) return f;
-    if (weights.extent(0) != range.queries.size() || weights.extent(1) != range.keys.size() ||
-        (weights.size() > 0 && weights.data() == nullptr))
-      return detail::make_fault(errc::shape, "weights: expected memory for [%lld, %lld], got [%lld, %lld]",
+    const detail::operand to = detail::describe("weights", weights);
+    if (const auto f = detail::find_written_fault(to)) return f;
+    const auto find_overlap = [&](const detail::operand& read) noexcept {
+      return detail::find_overlap_fault(to, read);
+    };
+    for (const detail::operand& read : {queries, keys, detail::describe("lse", lse)}) {
+      if (const auto f = find_overlap(read)) return f;
+    }
+    if (const auto f = detail::find_in_options(options, find_overlap)) return f;
+    if (weights.extent(0) != range.queries.size() || weights.extent(1) != range.keys.size())
+      return detail::make_fault(errc::shape, "weights: expected [%lld, %lld], got [%lld, %lld]",
                                 detail::printable(range.queries.size()), detail::printable(range.keys.size()),
                                 detail::printable(weights.extent(0)), detail::printable(weights.extent(1)));
     return {};
@@ -140,14 +173,15 @@ void attention_entropy(Q&& q_in, K&& k_in, const attention_options& options, ten
   if (options.softcap != 0 || options.bias || !options.alibi_slopes.empty() || !options.sinks.empty())
     return detail::raise(detail::make_fault(
         errc::option, "options: expected no softcap, bias, ALiBi or sinks, whose scores are more than products"));
-  if (const auto f = detail::find_lse_fault("entropy", entropy, q)) return detail::raise(f);
+  const auto source = kv_view(k, k);
+  if (const auto f = detail::find_rows_result_fault("entropy", entropy, q, source, options)) return detail::raise(f);
   const index_t batch = q.extent(0), q_len = q.extent(1), heads = q.extent(2), dim = q.extent(3);
   std::vector<A> means(static_cast<std::size_t>(std::max<index_t>(q.size(), 0)));
   std::vector<A> lse(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads, 0)));
   const partial_state<A> state{tensor_view<A, 4>(means.data(), {batch, q_len, heads, dim}),
                                tensor_view<A, 3>(lse.data(), {batch, q_len, heads})};
   const detail::error_watch watch;
-  attention(q, k, k, state, options, ctx);
+  attention(q, source, state, options, ctx);
   if (watch.failed()) return;
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
   for (index_t b = 0; b < batch; ++b) {
@@ -178,7 +212,9 @@ void attention_mass(Q&& q_in, const KV& kv, const Shown& shown, tensor_view<cons
   using A = accumulator_t<typename KV::panel_element>;
   const auto q = detail::as_view(std::forward<Q>(q_in));
   if (const auto f = detail::find_lse_fault("lse", lse, q)) return detail::raise(f);
-  if (const auto f = detail::find_lse_fault("mass", mass, q)) return detail::raise(f);
+  if (const auto f = detail::find_rows_result_fault("mass", mass, q, kv, options)) return detail::raise(f);
+  if (const auto f = detail::find_overlap_fault(detail::describe("mass", mass), detail::describe("lse", lse)))
+    return detail::raise(f);
   const index_t batch = q.extent(0), q_len = q.extent(1), heads = q.extent(2);
   std::vector<A> out(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads * kv.value_dim(), 0)));
   std::vector<A> part(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads, 0)));
@@ -217,6 +253,9 @@ void head_similarity(tensor_view<const T, 4> x, index_t kv_heads, tensor_view<do
         detail::printable(kv_heads), detail::printable(group), detail::printable(group), detail::printable(heads),
         detail::printable(similarity.extent(0)), detail::printable(similarity.extent(1)),
         detail::printable(similarity.extent(2))));
+  const detail::operand to = detail::describe("similarity", similarity);
+  if (const auto f = detail::find_written_fault(to)) return detail::raise(f);
+  if (const auto f = detail::find_overlap_fault(to, rows)) return detail::raise(f);
   const auto positions = static_cast<double>(std::max<index_t>(x.extent(0) * x.extent(1), 1));
   for (index_t g = 0; g < kv_heads; ++g) {
     for (index_t i = 0; i < group; ++i) {

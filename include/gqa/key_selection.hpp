@@ -27,10 +27,14 @@ inline namespace GQA_ISA {
 /// last.
 /// \param weights  [rows, T]: of one row of queries, or of those of a group
 /// \param k        at least 0; all T keys if it is more
-/// \throws error   errc::shape for a negative k
+/// \throws error   errc::shape for a negative k, or weights that are not there; errc::stride for offsets beyond 2^56
 template <class W>
 [[nodiscard]] std::vector<index_t> top_keys(tensor_view<W, 2> weights, index_t k) {
-  if (const auto f = detail::find_least_fault("top_keys", "k", 0, k)) {
+  const auto find_fault = [&]() -> detail::fault {
+    if (const auto f = detail::find_least_fault("top_keys", "k", 0, k)) return f;
+    return detail::find_extents_fault(detail::describe("weights", weights));
+  };
+  if (const auto f = find_fault()) {
     detail::raise(f);
     return {};
   }

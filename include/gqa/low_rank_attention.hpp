@@ -87,7 +87,9 @@ class latent_attender {
     if (!options_.scale) options_.scale = 1 / std::sqrt(static_cast<double>(nope() + rope()));
   }
 
-  [[nodiscard]] fault find_fault() const noexcept {
+  [[nodiscard]] fault find_fault(latent_form form) const noexcept {
+    if (form < latent_form::automatic || form > latent_form::materialised)
+      return make_fault(errc::option, "options.form: expected an enumerator, got %d", static_cast<int>(form));
     const operand nope_rows = describe("q_nope", q_nope_), rope_rows = describe("q_rope", q_rope_),
                   results = describe("out", out_);
     for (const operand& o : {nope_rows, rope_rows, results}) {
@@ -105,13 +107,11 @@ class latent_attender {
                         printable(heads()), printable(nope()), printable(out_.extent(3)));
     for (const auto& [name, w, dim] : {projection{"projections.keys", w_.keys, nope()},
                                        projection{"projections.values", w_.values, out_.extent(3)}}) {
-      if (w.extent(0) != heads() || w.extent(1) != dim || w.extent(2) != rank() || w.data() == nullptr)
+      if (const auto f = find_layout_fault(describe(name, w))) return f;
+      if (w.extent(0) != heads() || w.extent(1) != dim || w.extent(2) != rank())
         return make_fault(errc::shape, "%s: expected [%lld, %lld, %lld], got [%lld, %lld, %lld]", name,
                           printable(heads()), printable(dim), printable(rank()), printable(w.extent(0)),
                           printable(w.extent(1)), printable(w.extent(2)));
-      if (w.stride(2) != 1 && rank() > 1)
-        return make_fault(errc::stride, "%s: expected stride 1 on the last axis, got %lld", name,
-                          printable(w.stride(2)));
     }
     if (!options_.group_offsets.empty())
       return make_fault(errc::option, "options.attention.group_offsets: expected none, for all heads share latents");
@@ -121,15 +121,13 @@ class latent_attender {
       const index_t said = options_.kv_lengths[static_cast<std::size_t>(b)];
       if (const auto f = find_kv_length_fault("options.kv_lengths", b, said, kv_.length(b))) return f;
     }
-    const auto as_operand = [](const char* name, const tensor_view<const float, 3>& w) {
-      return describe(name, tensor_view<const float, 4>(w.data(), {1, w.extent(0), w.extent(1), w.extent(2)},
-                                                        {0, w.stride(0), w.stride(1), w.stride(2)}));
-    };
+    if (const auto f = find_written_fault(results)) return f;
+    const auto find_overlap = [&](const operand& read) noexcept { return find_overlap_fault(results, read); };
     for (const operand& read :
-         {nope_rows, rope_rows, as_operand("projections.keys", w_.keys), as_operand("projections.values", w_.values)}) {
-      if (const auto f = find_overlap_fault(results, read)) return f;
+         {nope_rows, rope_rows, describe("projections.keys", w_.keys), describe("projections.values", w_.values)}) {
+      if (const auto f = find_overlap(read)) return f;
     }
-    return {};
+    return find_in_options(options_, find_overlap);
   }
 
   void run(latent_form form) {
@@ -265,7 +263,7 @@ void latent_attention(QNope&& q_nope, QRope&& q_rope, const latent_kv_cache<T>& 
   detail::latent_attender<T> call(detail::as_view(std::forward<QNope>(q_nope)),
                                   detail::as_view(std::forward<QRope>(q_rope)), kv, projections,
                                   detail::as_view(std::forward<Out>(out)), options, ctx);
-  if (const auto f = call.find_fault()) return detail::raise(f);
+  if (const auto f = call.find_fault(options.form)) return detail::raise(f);
   call.run(options.form);
 }
 

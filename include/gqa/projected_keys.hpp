@@ -133,12 +133,17 @@ class projected_keys {
   [[nodiscard]] index_t batch() const noexcept { return batch_; }
   [[nodiscard]] index_t kv_heads() const noexcept { return kv_heads_; }
   [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
-  /// Projected tokens of a sequence.
-  [[nodiscard]] index_t length(index_t sequence) const noexcept { return lengths_[static_cast<std::size_t>(sequence)]; }
-  /// Directions of a head, and the share of its sample's variance that lies outside of them.
-  [[nodiscard]] index_t rank(index_t sequence, index_t kv_head) const noexcept { return of(sequence, kv_head).rank(); }
+  /// Projected tokens of a sequence; 0 for one that there is not.
+  [[nodiscard]] index_t length(index_t sequence) const noexcept {
+    return sequence < 0 || sequence >= batch_ ? 0 : lengths_[static_cast<std::size_t>(sequence)];
+  }
+  /// Directions of a head, and the share of its sample's variance that lies outside of them; 0 for one that there is
+  /// not.
+  [[nodiscard]] index_t rank(index_t sequence, index_t kv_head) const noexcept {
+    return has(sequence, kv_head) ? of(sequence, kv_head).rank() : 0;
+  }
   [[nodiscard]] double residual(index_t sequence, index_t kv_head) const noexcept {
-    return of(sequence, kv_head).residual;
+    return has(sequence, kv_head) ? of(sequence, kv_head).residual : 0;
   }
   /// Why a source is not that of these keys, as far as extents tell, in a call of so many sequences.
   template <class KV>
@@ -154,12 +159,15 @@ class projected_keys {
         detail::printable(batch_), detail::printable(kv_heads_), detail::printable(head_dim_), detail::printable(batch),
         detail::printable(kv.kv_heads()), detail::printable(kv.head_dim()));
   }
-  /// For projected_attention().
+  /// For projected_attention(), of a head that there is.
   [[nodiscard]] const detail::projected_head<S>& of(index_t sequence, index_t kv_head) const noexcept {
     return heads_[static_cast<std::size_t>(sequence * kv_heads_ + kv_head)];
   }
 
  private:
+  [[nodiscard]] bool has(index_t sequence, index_t kv_head) const noexcept {
+    return 0 <= sequence && sequence < batch_ && 0 <= kv_head && kv_head < kv_heads_;
+  }
   template <class KV>
   [[nodiscard]] static detail::fault find_fault(const KV& kv, const projection_options& options) noexcept {
     if (const auto f = kv.find_fault()) return f;

@@ -113,12 +113,12 @@ class rope {
     if (static_cast<index_t>(first_positions.size()) != rows.extent(0))
       return detail::raise(detail::make_fault(errc::shape, "first_positions: expected %lld entries, got %zu",
                                               detail::printable(rows.extent(0)), first_positions.size()));
+    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
     if (const auto f = find_positions_fault("first_positions", first_positions)) return detail::raise(f);
     for (std::size_t b = 0; b < first_positions.size() && rows.extent(1) > 0; ++b) {  // and the last ones
       const index_t last = first_positions[b] + rows.extent(1) - 1;
       if (const auto f = detail::find_position_fault("first_positions", b, last)) return detail::raise(f);
     }
-    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
     rotate_in_chunks(
         rows, [&](index_t b, index_t s) { return first_positions[static_cast<std::size_t>(b)] + s; }, ctx);
   }
@@ -127,11 +127,11 @@ class rope {
   template <detail::rows_like X>
   void rotate_each(X&& x, std::span<const index_t> positions, context& ctx) const {
     const auto rows = detail::as_rows(std::forward<X>(x));
+    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
     if (static_cast<index_t>(positions.size()) != rows.extent(0) * rows.extent(1))
       return detail::raise(detail::make_fault(errc::shape, "positions: expected %lld entries, got %zu",
                                               detail::printable(rows.extent(0) * rows.extent(1)), positions.size()));
     if (const auto f = find_positions_fault("positions", positions)) return detail::raise(f);
-    if (const auto f = find_head_dim_fault(rows)) return detail::raise(f);
     rotate_in_chunks(
         rows, [&](index_t b, index_t s) { return positions[static_cast<std::size_t>(b * rows.extent(1) + s)]; }, ctx);
   }
@@ -170,10 +170,8 @@ class rope {
     if (static_cast<index_t>(axis_of_pair.size()) != pairs())
       return make_fault(errc::shape, "axis_of_pair: expected %lld entries, got %zu", printable(pairs()),
                         axis_of_pair.size());
+    if (const auto f = detail::find_extents_fault(detail::describe("positions", positions))) return f;
     const index_t axes = positions.extent(0), tokens = positions.extent(1);
-    if (axes < 0 || tokens < 0 || (axes > 0 && tokens > 0 && positions.data() == nullptr))
-      return make_fault(errc::shape, "positions: expected [axes, tokens], got [%lld, %lld] at %s", printable(axes),
-                        printable(tokens), positions.data() == nullptr ? "null" : "some memory");
     for (std::size_t i = 0; i < axis_of_pair.size(); ++i) {
       if (axis_of_pair[i] < 0 || axis_of_pair[i] >= axes)
         return make_fault(errc::range, "axis_of_pair[%zu]: expected 0 to %lld, got %lld", i, printable(axes - 1),

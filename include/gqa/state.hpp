@@ -73,11 +73,11 @@ template <class T>
   if (const auto f = find_lse_fault("result", result.lse, result.out)) return f;
   if (result.lse.size() > 0 && result.out.extent(3) < 1)
     return make_fault(errc::shape, "result.out: expected values of at least 1 element, got none");
-  const operand lse = describe_lse("result.lse", result.lse);
+  const operand lse = describe("result.lse", result.lse);
   if (const auto f = find_overlap_fault(out, lse)) return f;
   for (const auto& state : states) {
     if (const auto f = find_state_fault<T>("state.out", state, result.out)) return f;
-    for (const auto& part : {describe("state.out", state.out), describe_lse("state.lse", state.lse)}) {
+    for (const auto& part : {describe("state.out", state.out), describe("state.lse", state.lse)}) {
       for (const auto& written : {out, lse}) {
         if (is_same_memory(part, written)) continue;  // merged in place
         if (const auto f = find_overlap_fault(written, part)) return f;

@@ -38,7 +38,7 @@ template <class T>
   return std::abs(rows.stride(2)) < std::abs(rows.stride(1)) && rows.extent(2) > 1;
 }
 
-/// A rank-4 operand as the checks see it.
+/// An operand of up to 4 axes as the checks see it; axes that it has not come first, of extent 1.
 struct operand {
   const char* name;
   const void* data;
@@ -54,13 +54,15 @@ struct operand {
   }
 };
 
-template <class T>
-[[nodiscard]] operand describe(const char* name, const tensor_view<T, 4>& view) noexcept {
-  const tensor_view<T, 4> v = without_idle_strides(view);
-  operand o{name, v.data(), {}, {}, static_cast<index_t>(sizeof(T))};
-  for (int axis = 0; axis < 4; ++axis) {
-    o.extents[static_cast<std::size_t>(axis)] = v.extent(axis);
-    o.strides[static_cast<std::size_t>(axis)] = v.stride(axis);
+/// Strides of axes with a single index count as 0: they are never stepped over, and may be anything.
+template <class T, int Rank>
+[[nodiscard]] operand describe(const char* name, const tensor_view<T, Rank>& v) noexcept {
+  static_assert(Rank <= 4);
+  operand o{name, v.data(), {1, 1, 1, 1}, {}, static_cast<index_t>(sizeof(T))};
+  for (int axis = 0; axis < Rank; ++axis) {
+    const auto at = static_cast<std::size_t>(4 - Rank + axis);
+    o.extents[at] = v.extent(axis);
+    o.strides[at] = v.extent(axis) <= 1 ? 0 : v.stride(axis);
   }
   return o;
 }
@@ -168,12 +170,17 @@ struct memory_runs {
   return true;
 }
 
-/// An output: sound layout, and no two of its elements at one place.
-[[nodiscard]] inline fault find_output_fault(const operand& out) noexcept {
-  if (const auto f = find_layout_fault(out)) return f;
+/// What is written: memory that is there, and no two of its elements at one place; any strides.
+[[nodiscard]] inline fault find_written_fault(const operand& out) noexcept {
+  if (const auto f = find_extents_fault(out)) return f;
   if (!is_injective(out))
     return make_fault(errc::stride, "%s: expected elements apart, got overlapping strides", out.name);
   return {};
+}
+/// An output: the same, and a contiguous last axis.
+[[nodiscard]] inline fault find_output_fault(const operand& out) noexcept {
+  if (const auto f = find_layout_fault(out)) return f;
+  return find_written_fault(out);
 }
 
 [[nodiscard]] inline fault find_extent_fault(const operand& o, int axis, index_t expected, const char* why) noexcept {
@@ -183,29 +190,17 @@ struct memory_runs {
                     axis, printable(actual));
 }
 
-/// The log-sum-exp of a state, [B, S, H], seen as [1, B, S, H] by the layout checks; any strides.
-template <class L>
-[[nodiscard]] operand describe_lse(const char* name, const tensor_view<L, 3>& lse) noexcept {
-  return {name,
-          lse.data(),
-          {1, lse.extent(0), lse.extent(1), lse.extent(2)},
-          {0, lse.stride(0), lse.stride(1), lse.stride(2)},
-          static_cast<index_t>(sizeof(L))};
-}
-
+/// The log-sum-exp of a state, or another number a row: [B, S, H] of out's; any strides.
 template <class L, class T>
 [[nodiscard]] fault find_lse_fault(const char* name, const tensor_view<L, 3>& lse,
                                    const tensor_view<T, 4>& out) noexcept {
-  const operand o = describe_lse(name, lse);
+  const operand o = describe(name, lse);
   for (int axis = 0; axis < 3; ++axis) {
     if (lse.extent(axis) != out.extent(axis))
       return make_fault(errc::shape, "%s: expected lse extent %lld (that of out) on axis %d, got %lld", name,
                         printable(out.extent(axis)), axis, printable(lse.extent(axis)));
   }
-  if (const auto f = find_extents_fault(o)) return f;
-  if (!std::is_const_v<L> && !is_injective(o))
-    return make_fault(errc::stride, "%s: expected lse elements apart, got overlapping strides", name);
-  return {};
+  return std::is_const_v<L> ? find_extents_fault(o) : find_written_fault(o);
 }
 
 /// Extents of a call, once its operands fit together.
@@ -357,6 +352,24 @@ template <class T>
   if (const auto f = find_groups_fault(o.group_offsets, shape.q_heads, shape.kv_heads)) return f;
   if (const auto f = find_mask_fault("options.mask", o.mask, shape)) return f;
   return find_mask_fault("options.bias", o.bias, shape);
+}
+
+/// Calls find(operand) for all memory that the options name, and returns the first fault that it finds.
+template <class Find>
+[[nodiscard]] fault find_in_options(const attention_options& o, const Find& find) noexcept {
+  if (o.mask) {
+    if (const auto f = find(describe("options.mask", *o.mask))) return f;
+  }
+  if (o.bias) {
+    if (const auto f = find(describe("options.bias", *o.bias))) return f;
+  }
+  for (const operand& x :
+       {describe("options.query_offsets", o.query_offsets), describe("options.alibi_slopes", o.alibi_slopes),
+        describe("options.sinks", o.sinks), describe("options.kv_lengths", o.kv_lengths),
+        describe("options.group_offsets", o.group_offsets)}) {
+    if (const auto f = find(x)) return f;
+  }
+  return {};
 }
 
 /// Two names for one tensor.

@@ -492,7 +492,7 @@ template <class Source, class Variant, class L>
 void scheduler<Source, Variant, L>::run() {
   if (!find_families()) return;
   plan_ = find_plan();
-  if (plan_ == nullptr || !place()) return;
+  if (plan_ == nullptr || !place() || ctx_.detail_is_dry()) return;
   const index_t kv_heads = problem_.shape.kv_heads;
   for (const plan_wave& planned : plan_->waves) {
     for (index_t g = 0; g < kv_heads; g += planned.heads) {
