@@ -26,5 +26,5 @@ int main() {
                             gqa::view(k.data(), {1, total, kv_heads, dim}),
                             gqa::view(v.data(), {1, total, kv_heads, dim}),
                             gqa::view(expected.data(), {1, total, q_heads, dim}), {.causal = true});
-  return example::same(out, expected);
+  return example::ended(example::same(out, expected));
 }

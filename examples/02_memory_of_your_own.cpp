@@ -28,5 +28,5 @@ int main() {
 
   gqa::reference::attention(gqa::view(q.data(), {batch, 1, q_heads, dim}), k, v,
                             gqa::view(expected.data(), {batch, 1, q_heads, dim}), options);
-  return example::same(out, expected);
+  return example::ended(example::same(out, expected));
 }

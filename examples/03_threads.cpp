@@ -38,4 +38,5 @@ int main() {
     gqa::attention(q, k, v, other, {.causal = true}, *ctx);
     if (!example::same_bits(one.data(), other.data(), one.size())) return 1;
   }
+  return example::ended(0);
 }

@@ -41,5 +41,5 @@ int main() {
 
   gqa::reference::attention(q_view, k_view, v_view, gqa::view(expected.data(), {1, tokens, q_heads, dim}),
                             {.causal = true}, variant);
-  return example::same(out, expected);
+  return example::ended(example::same(out, expected));
 }

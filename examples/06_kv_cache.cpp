@@ -64,5 +64,5 @@ int main() {
     same = example::same_bits(out.data() + i * model::row, expected.data() + (c.length - 1) * model::row, model::row) &&
            same;
   }
-  return same ? 0 : 1;
+  return example::ended(same ? 0 : 1);
 }

@@ -128,5 +128,6 @@ int main(int argc, char** argv) {
     worst = std::max({worst, std::abs(all - 1), std::abs(near - mass)});
   }
   std::printf("largest error of a weight's sums %.1e, of grouped outputs %.4f\n", worst, error.relative);
-  return worst < 1e-5 && std::abs(alike[0] - 1) < 1e-6 && std::abs(alike[1]) < 0.5 && error.relative < 0.1 ? 0 : 1;
+  return example::ended(
+      worst < 1e-5 && std::abs(alike[0] - 1) < 1e-6 && std::abs(alike[1]) < 0.5 && error.relative < 0.1 ? 0 : 1);
 }

@@ -48,5 +48,5 @@ int main(int argc, char** argv) {
   std::printf("%lld tokens, of which [%lld, %lld) are gone; same bits; %.2f us a token\n",
               static_cast<long long>(ring.length(0)), static_cast<long long>(gone.begin),
               static_cast<long long>(gone.end), seconds.count() / static_cast<double>(steps) * 1e6);
-  return 0;
+  return example::ended(0);
 }

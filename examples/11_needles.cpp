@@ -150,5 +150,6 @@ int main(int argc, char** argv) {
     all.push_back(m);
   }
   if (argc > 2) plot(argv[2], all);
-  return example::same_bits(out.data(), expected.data(), q_heads * dim) ? 0 : 1;  // epsilon 0
+  // epsilon 0
+  return example::ended(example::same_bits(out.data(), expected.data(), q_heads * dim) ? 0 : 1);
 }

@@ -8,11 +8,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <regex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "files.hpp"
@@ -68,6 +70,9 @@ class capture {
   }
 
   [[nodiscard]] static capture read(const std::string& path) {
+    // A device may have no end.
+    std::error_code problem;
+    if (!std::filesystem::is_regular_file(path, problem)) throw std::runtime_error(path + ": there is no such file");
     std::ifstream file(path, std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!file && !file.eof()) throw std::runtime_error(path + ": cannot be read");

@@ -11,6 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "printed.hpp"
+
 namespace example {
 
 // Different values in [-1, 1) at every call.

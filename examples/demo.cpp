@@ -14,6 +14,7 @@
 #include "../bench/support/eigen_attention.hpp"
 #include "../bench/support/operands.hpp"
 #include "../bench/support/stopwatch.hpp"
+#include "printed.hpp"
 #include "progress.hpp"
 
 namespace {
@@ -109,5 +110,5 @@ int main(int argc, char** argv) {
     std::printf("FAILED: the largest error is %.1e\n", worst);
     return 1;
   }
-  return 0;
+  return example::ended(0);
 }

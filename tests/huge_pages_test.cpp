@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory_resource>
 #include <new>
 #include <vector>
 
@@ -12,6 +13,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/refusal.hpp"
 
 namespace gqa::test {
 namespace {
@@ -32,6 +34,24 @@ TEST(HugePages, SayWhenThereAreNone) {
   huge_pages memory;
   constexpr auto most = std::numeric_limits<std::size_t>::max();  // overflows when it is rounded up
   EXPECT_THROW(static_cast<void>(memory.allocate(most, 64)), std::bad_alloc);
+}
+#else
+// Resources that cannot throw return null, and caches say so.
+TEST(HugePages, SayWhenThereAreNone) {
+  struct empty_resource final : std::pmr::memory_resource {
+    void* do_allocate(std::size_t, std::size_t) override { return nullptr; }
+    void do_deallocate(void*, std::size_t, std::size_t) override {}
+    [[nodiscard]] bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+  };
+  huge_pages memory;
+  empty_resource nothing;
+  for (std::pmr::memory_resource* from :
+       {static_cast<std::pmr::memory_resource*>(&nothing), static_cast<std::pmr::memory_resource*>(&memory)}) {
+    const index_t tokens = from == &nothing ? 100 : index_t{1} << 36;
+    EXPECT_EQ(code_of([&] { kv_cache<float> cache(1, 1, tokens, 512, 512, from); }), errc::capacity);
+    EXPECT_EQ(code_of([&] { latent_kv_cache<float> cache(1, tokens, 512, 512, from); }), errc::capacity);
+    EXPECT_EQ(code_of([&] { paged_kv_cache<float> cache(1, tokens / 64, 64, 4, 512, 512, from); }), errc::capacity);
+  }
 }
 #endif
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -393,6 +394,68 @@ TEST_F(LlamaFiles, ThatAreMissingTruncatedOrAbsurdAreRefused) {
     expect_refused(model, store("bad.tok", bytes), "a piece's length under an absurd limit");
   }
 }
+
+// The pairs of a long text wait in a queue: 400 kB take a second, not half an hour.
+TEST(Llama, EncodesLongTexts) {
+  GQA_NEED_TEST_DATA();
+  const llama::tokenizer pieces(tokenizer_file(), 512);
+  const std::string sample = read_file(test_data_folder() + "/text/tinystories_sample.txt").substr(0, 3000);
+  std::string text;
+  while (text.size() < 400'000) text += sample;
+  const auto start = std::chrono::steady_clock::now();
+  const auto tokens = pieces.encode(text);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  std::string back;
+  for (std::size_t i = 1; i < tokens.size(); ++i) back += pieces.decode(tokens[i - 1], tokens[i]);
+  EXPECT_EQ(back, text);
+}
+
+// Output that cannot be written is an error, of every program, and so are files without an end.
+TEST(Llama, SaysWhatIsLostOrLacking) {
+  GQA_NEED_TEST_DATA();
+  for (const std::string& command : {std::string(GQA_LLAMA) + " " + of_model("--steps 5"),
+                                     std::string(GQA_LLAMA) + " --help", std::string(GQA_SERVE) + " --help"}) {
+    for (const char* const to : {" >/dev/full", " >&-"}) {
+      EXPECT_EQ(WEXITSTATUS(std::system((command + to + " 2>/dev/null").c_str())), 2) << command << to;
+    }
+  }
+  EXPECT_EQ(run_llama("--model /dev/zero --tokenizer " + tokenizer_file()).exit_code, 2);
+}
+
+// Address sanitizers map more memory than a limit may allow.
+#if defined(__SANITIZE_ADDRESS__)
+#define GQA_TEST_LIMITS_MEMORY 0
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GQA_TEST_LIMITS_MEMORY 0
+#endif
+#endif
+#ifndef GQA_TEST_LIMITS_MEMORY
+#define GQA_TEST_LIMITS_MEMORY 1
+#endif
+#if GQA_TEST_LIMITS_MEMORY
+// A batch is never larger than its requests: room for 65,536 of them would be 48 GB.
+TEST(Llama, ServesNoMoreAtOnceThanThereAre) {
+  GQA_NEED_TEST_DATA();
+  const std::string prompts = ::testing::TempDir() + "/gqa_two_prompts.txt";
+  std::ofstream(prompts) << "Once upon a time\nThe dog\n";
+  const outcome o = run_program("bash -c 'ulimit -v 4000000; exec " + std::string(GQA_SERVE) + " --model " +
+                                    model_file() + " --tokenizer " + tokenizer_file() + " --prompts " + prompts +
+                                    " --steps 8 --threads 1 --batch 65536'",
+                                "");
+  EXPECT_EQ(o.exit_code, 0) << o.err;
+}
+
+// More threads than the system gives: an error that says so, instead of a wait without end.
+TEST(Llama, SaysWhenThereAreNoThreads) {
+  GQA_NEED_TEST_DATA();
+  const outcome o = run_program("timeout 60 bash -c 'ulimit -v 2000000; exec " + std::string(GQA_LLAMA) + " " +
+                                    of_model("--steps 5 --threads 1024") + "'",
+                                "");
+  EXPECT_EQ(o.exit_code, 2) << o.err;
+  EXPECT_NE(o.err.find("--threads"), std::string::npos) << o.err;
+}
+#endif
 
 }  // namespace
 }  // namespace gqa::test

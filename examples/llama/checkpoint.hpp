@@ -28,7 +28,13 @@ inline std::vector<char> read_file(const std::string& path) {
   std::error_code problem;
   if (!std::filesystem::is_regular_file(path, problem)) throw file_error(path, "there is no such file");
   std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes(std::filesystem::file_size(path, problem));
+  std::vector<char> bytes;
+  const auto size = std::filesystem::file_size(path, problem);
+  try {
+    bytes.resize(size);
+  } catch (const std::exception&) {
+    throw file_error(path, "not enough memory for its " + std::to_string(size) + " bytes");
+  }
   if (!file || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
     throw file_error(path, "cannot be read");
   return bytes;

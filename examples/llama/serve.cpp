@@ -121,10 +121,12 @@ void run(const options& o) {
     requests.push_back({std::move(prompt), std::min(std::max(o.steps - o.steps / 8 * (n % 5), 1), room)});
     longest = std::max(longest, static_cast<gqa::index_t>(requests.back().prompt.size()) + o.steps);
   }
-  llama::server_limits limits{.sequences = o.batch, .pages = o.pages};
+  // No more of them run at once than there are.
+  const auto batch = std::min(o.batch, static_cast<gqa::index_t>(requests.size()));
+  llama::server_limits limits{.sequences = batch, .pages = o.pages};
   const auto pages_for = [&](gqa::index_t tokens) { return tokens / limits.page_size + 2; };
   if (limits.pages == 0)
-    limits.pages = pages_for(static_cast<gqa::index_t>(beginning.size())) + o.batch * (pages_for(longest) + 1);
+    limits.pages = pages_for(static_cast<gqa::index_t>(beginning.size())) + batch * (pages_for(longest) + 1);
   limits.temperature = o.temperature, limits.seed = o.seed;
 
   example::workers workers(o.threads);

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <queue>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -73,8 +74,7 @@ class tokenizer {
       }
       begin = end;
     }
-    while (merge_best_pair(tokens)) {
-    }
+    merge_pairs(tokens);
     return tokens;
   }
 
@@ -89,23 +89,45 @@ class tokenizer {
   }
 
  private:
-  // Joins the neighbours whose joint piece scores best; false if none has one.
-  bool merge_best_pair(std::vector<int>& tokens) const {
-    float best_score = -std::numeric_limits<float>::infinity();
-    std::size_t best = 0;
-    int merged = -1;
-    for (std::size_t i = 1; i + 1 < tokens.size(); ++i) {  // not BOS
-      const auto joint =
-          ids_.find(pieces_[static_cast<std::size_t>(tokens[i])] + pieces_[static_cast<std::size_t>(tokens[i + 1])]);
-      if (joint == ids_.end() || scores_[static_cast<std::size_t>(joint->second)] <= best_score) continue;
-      best_score = scores_[static_cast<std::size_t>(joint->second)];
-      best = i;
-      merged = joint->second;
+  // Two neighbours whose joint piece there is.
+  struct pair {
+    float score;
+    std::size_t left;                     // place of the first
+    int left_token, right_token, merged;  // as long as these stand there, it is this pair
+    // The best last: the highest score and, of equal ones, the leftmost.
+    bool operator<(const pair& other) const { return score != other.score ? score < other.score : left > other.left; }
+  };
+
+  // Joins the neighbours whose joint piece scores best, again and again until none has one. n log n for n tokens: the
+  // pairs there are wait in a queue, and a token's neighbours are found by links, since joined ones leave gaps.
+  void merge_pairs(std::vector<int>& tokens) const {
+    constexpr int gone = -1;
+    const std::size_t end = tokens.size();
+    std::vector<std::size_t> next(end), before(end);
+    std::priority_queue<pair> pairs;
+    const auto add_pair = [&](std::size_t left) {
+      if (left == 0 || next[left] == end) return;  // not BOS
+      const int l = tokens[left], r = tokens[next[left]];
+      const auto joint = ids_.find(pieces_[static_cast<std::size_t>(l)] + pieces_[static_cast<std::size_t>(r)]);
+      if (joint == ids_.end()) return;
+      const float score = scores_[static_cast<std::size_t>(joint->second)];
+      if (score > -std::numeric_limits<float>::infinity()) pairs.push({score, left, l, r, joint->second});
+    };
+    for (std::size_t i = 0; i < end; ++i) next[i] = i + 1, before[i] = i == 0 ? 0 : i - 1;
+    for (std::size_t i = 1; i < end; ++i) add_pair(i);
+    while (!pairs.empty()) {
+      const pair best = pairs.top();
+      pairs.pop();
+      const std::size_t right = next[best.left];
+      if (tokens[best.left] != best.left_token || right == end || tokens[right] != best.right_token) continue;
+      tokens[best.left] = best.merged;
+      tokens[right] = gone;
+      next[best.left] = next[right];
+      if (next[right] != end) before[next[right]] = best.left;
+      add_pair(before[best.left]);
+      add_pair(best.left);
     }
-    if (merged < 0) return false;
-    tokens[best] = merged;
-    tokens.erase(tokens.begin() + static_cast<std::ptrdiff_t>(best) + 1);
-    return true;
+    std::erase(tokens, gone);
   }
 
   std::vector<std::string> pieces_;

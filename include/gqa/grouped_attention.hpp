@@ -93,7 +93,8 @@ inline namespace GQA_ISA {
 /// Attention of q [B, S, H, D] over the keys and values of a source, by query groups.
 /// \param out     [B, S, H, E], or a partial_state
 /// \param report  what each block did, where it is wanted
-/// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, windows
+/// \throws error  as attention() does, and (errc::option) for what groups cannot share: masks, biases, windows. Memory
+///                for groups is asked for as they are made: where it is lacking, outputs may be written in part
 /// Cost: of a block of n rows in C groups over T far keys C T (2 D + E) multiply-adds, with improved_lse C T (3 D + E),
 /// and n k (D + E) on k top keys, instead of n T (D + E); near keys exactly. Keys and values are copied once, 64 MiB of
 /// them at a time or one KV head's, into memory that each call takes anew.

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
 #include <memory_resource>
 #include <new>
 #ifdef __linux__
@@ -13,15 +12,15 @@
 #endif
 
 #include <gqa/config.hpp>
-#include <gqa/error.hpp>
 
 namespace gqa {
 
 /// A memory resource for kv_cache. A decode step reads all of a cache once: in pages of 4 KiB it misses the TLB every
 /// 64 cache lines, and hardware prefetchers stop at each page's end. Linux is asked for transparent huge pages
 /// (madvise(MADV_HUGEPAGE); /sys/kernel/mm/transparent_hugepage/enabled must not say never); elsewhere this is memory
-/// aligned to 2 MiB. Sizes are rounded up to that, so it is for large pieces. Any number of threads; outlives
-/// what is kept in it.
+/// aligned to 2 MiB. Where there is no memory it throws std::bad_alloc or, without exceptions, returns null, which
+/// caches report. Sizes are rounded up to that, so it is for large pieces. Any number of threads; outlives what is kept
+/// in it.
 class huge_pages final : public std::pmr::memory_resource {
  private:
   static constexpr std::size_t page = std::size_t{2} << 20;
@@ -31,8 +30,7 @@ class huge_pages final : public std::pmr::memory_resource {
     void* const memory = size < bytes ? nullptr : ::operator new(size, aligned_to(alignment), std::nothrow);
     if (memory == nullptr) {
 #ifdef GQA_NO_EXCEPTIONS
-      detail::raise(detail::make_fault(errc::capacity, "huge_pages: expected room for %zu bytes, got none", bytes));
-      std::abort();  // as operator new does: there is no other way to say so
+      return nullptr;  // which caches report as an error; no other user of a resource expects it
 #else
       throw std::bad_alloc();
 #endif

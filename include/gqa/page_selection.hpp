@@ -50,7 +50,8 @@ inline namespace GQA_ISA {
 ///                query may see must be there: a window, once some are gone.)
 /// \param out     [B, S, H, E], or a partial_state, whose lse is of what was read
 /// \param report  what became of each row, where it is wanted
-/// \throws error  as attention() does, and errc::option for a bias, for options out of range, or without bounds
+/// \throws error  as attention() does, and errc::option for a bias, for options out of range, or without bounds. Rounds
+///                ask for memory as they come: where it is lacking, outputs may be written in part
 /// Cost: bounds of all keys, 1/64 (or 1/16) of the bytes of those and their values, twice that of 8 bits; and the pages
 /// that were read.
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>

@@ -324,11 +324,12 @@ sequence_id paged_kv_cache<T>::fork(sequence_id parent) {
     detail::raise(f);
     return sequence_id{-1};
   }
+  // All that may fail comes first: without memory there is no new sequence, nor room for one.
+  std::vector<std::int32_t> pages = sequence(static_cast<index_t>(parent)).pages;
   const index_t n = find_slot();
-  const paged_sequence& from = sequence(static_cast<index_t>(parent));
   paged_sequence& to = sequence(n);
-  to.pages = from.pages;
-  to.length = from.length;
+  to.pages = std::move(pages);
+  to.length = sequence(static_cast<index_t>(parent)).length;
   to.is_there = true;
   for (const std::int32_t page : to.pages) pool_.share(page);
   return static_cast<sequence_id>(n);

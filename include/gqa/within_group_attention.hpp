@@ -167,7 +167,8 @@ inline namespace GQA_ISA {
 /// \param groups   [B * G], of sequence b and KV head g at b G + g: of its rows s * group_size + h
 /// \param out      [B, S, H, E], or a partial_state
 /// \param options  scale, causal, offsets, softcap, sinks, kv_lengths, group_offsets; no others
-/// \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit
+/// \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit. Groups ask for memory as
+///                 they come: where it is lacking, outputs may be written in part
 /// Cost: of a group of n rows at m positions n m (D + E) multiply-adds, and m rows of keys and values copied.
 template <tensor_like Q, kv_source KV, detail::attention_output Out, class A>
 void within_group_attention(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, Out&& out,

@@ -9,10 +9,11 @@
 
 namespace {
 
-std::atomic<long> count{0};
+std::atomic<long> count{0}, left_until_failure{0};
 
 void* counted(std::size_t bytes, std::size_t alignment) noexcept {
   ++count;
+  if (left_until_failure > 0 && --left_until_failure == 0) return nullptr;
   if (bytes > PTRDIFF_MAX - alignment) return nullptr;
   return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 }
@@ -26,6 +27,10 @@ void* counted_or_throw(std::size_t bytes, std::size_t alignment) {
 }
 
 }  // namespace
+
+void gqa::test::fail_allocation(long n) noexcept {
+  left_until_failure = n;
+}
 
 long gqa::test::allocations() noexcept {
   return count;

@@ -38,15 +38,18 @@ class memory_piece {
   [[nodiscard]] std::byte* take() const noexcept {
     if (from_ == nullptr)
       return static_cast<std::byte*>(::operator new (bytes_, std::align_val_t{alignment}, std::nothrow));
+    // A resource may return null where it cannot throw. The standard library declares that none does, so that a
+    // compiler would leave out the question: of what it reads from volatile memory it knows nothing.
+    void* volatile taken = nullptr;
 #ifdef GQA_NO_EXCEPTIONS
-    return static_cast<std::byte*>(from_->allocate(bytes_, alignment));
+    taken = from_->allocate(bytes_, alignment);
 #else
     try {
-      return static_cast<std::byte*>(from_->allocate(bytes_, alignment));
+      taken = from_->allocate(bytes_, alignment);
     } catch (...) {  // told as a capacity error
-      return nullptr;
     }
 #endif
+    return static_cast<std::byte*>(taken);
   }
   void release() noexcept {
     if (data_ == nullptr) return;

@@ -104,6 +104,11 @@ class row_grouper {
   /// The groups of the labels: in the order of their numbers, without empty ones; rows that are not finite last.
   void write(query_groups<A>& groups) {
     const index_t left_out = number_groups();
+    // All that may fail comes first: groups keep what they hold then.
+    groups.order.reserve(static_cast<std::size_t>(x_.count));
+    groups.offsets.reserve(static_cast<std::size_t>(count_ + 1));
+    groups.representatives.reserve(static_cast<std::size_t>(count_ * x_.dim));
+    groups.radii.reserve(static_cast<std::size_t>(count_));
     groups.dim = x_.dim;
     groups.order.assign(order_, order_ + x_.count);
     groups.offsets.assign(offsets_, offsets_ + count_ + 1);
