@@ -132,9 +132,14 @@ void run_grouped(benchmark::State& state, const grouped_case& c) {
   state.counters["seconds"] = median;
   state.counters["x_exact"] = exact_median / median;
   state.counters["x_foreseen"] = exact_cost / cost;
-  state.counters["rel_err"] = compare(tensor_view<const float, 4>(in.outputs(out)),
-                                      view(document.out.data(), {1, in.of.length, in.of.q_heads, in.of.dim}))
-                                  .relative;
+  const difference off = compare(tensor_view<const float, 4>(in.outputs(out)),
+                                 view(document.out.data(), {1, in.of.length, in.of.q_heads, in.of.dim}));
+  state.counters["rel_err"] = off.relative;
+  // Weights that are off by so much in all, of values up to the largest, and what floats round.
+  double bound = 0, largest = 0;
+  for (const block_report& b : report.blocks) bound = std::max(bound, b.error_bound);
+  for (const float x : in.v) largest = std::max(largest, std::abs(static_cast<double>(x)));
+  if (!(off.largest <= (bound + 0x1p-14) * largest)) state.SkipWithError("off by more than the bound that it reports");
   if (blocks == 0) return;
   state.counters["groups"] = groups / blocks;
   state.counters["of_products"] = products / exact_products;

@@ -488,5 +488,36 @@ TEST(RowCut, CoversAllRowsAndNoTileHasTwoBlocks) {
   }
 }
 
+// A block of several heads is asked of all their lists, not of the first one's.
+TEST(BlockSparseMask, AsksTheListsOfAllHeadsOfABlock) {
+  const block_sparse_shape shape{.q_len = 64, .kv_len = 128, .query_block = 64, .lists = 3};
+  const auto mask = block_sparse_mask::from_tiles(
+      shape, [](index_t list, key_range, index_t tile) { return list == 2 || (list == 1 && tile == 1); });
+  const index_t first = shape.offset();
+  const auto of = [&](index_t head_begin, index_t head_end, index_t tile) {
+    return mask.visible(key_block{0, head_begin, head_end, first, first + 64, tile * 64, tile * 64 + 64});
+  };
+  EXPECT_EQ(of(0, 1, 0), visibility::none);
+  EXPECT_EQ(of(0, 2, 0), visibility::none);
+  EXPECT_EQ(of(0, 2, 1), visibility::some);  // the second has it
+  EXPECT_EQ(of(0, 3, 0), visibility::some);
+  EXPECT_EQ(of(1, 3, 1), visibility::all);
+  EXPECT_EQ(of(1, 3, 0), visibility::some);  // the second has not
+  EXPECT_EQ(of(2, 3, 0), visibility::all);
+}
+
+// What a causal edge hides anyway does not make a tile less than whole: the diagonal's has no bits.
+TEST(BlockSparseMask, OfPairsHasWholeTilesUpToTheDiagonal) {
+  const block_sparse_shape shape{.q_len = 128, .kv_len = 128, .query_block = 64, .causal = true};
+  const auto mask = block_sparse_mask::from_pairs(shape, [](index_t, index_t q, index_t key) { return key <= q; });
+  EXPECT_EQ(mask.listed_tiles(), 3);
+  EXPECT_EQ(mask.visible(key_block{0, 0, 1, 0, 64, 0, 64}), visibility::all);
+  EXPECT_EQ(mask.visible(key_block{0, 0, 1, 64, 128, 64, 128}), visibility::all);
+  const auto holed =
+      block_sparse_mask::from_pairs(shape, [](index_t, index_t q, index_t key) { return key <= q && key != 70; });
+  EXPECT_EQ(holed.visible(key_block{0, 0, 1, 64, 128, 0, 64}), visibility::all);
+  EXPECT_EQ(holed.visible(key_block{0, 0, 1, 64, 128, 64, 128}), visibility::some);
+}
+
 }  // namespace
 }  // namespace gqa::test

@@ -399,7 +399,8 @@ TEST(KvCache, OfValuesOfOneGivesExactlyOne) {
 // Where products are of pairs, float queries are rounded first: as queries that were rounded before. (Queries of the
 // cache's own type are what they are.)
 TEST(KvCache, RoundsFloatQueriesOfPairs) {
-  if (!std::is_same_v<Q, float> || !std::is_same_v<T, Eigen::bfloat16>) return;
+  if (!std::is_same_v<Q, float> || !std::is_same_v<T, Eigen::bfloat16>)
+    GTEST_SKIP() << "of float queries over bfloat16";
   if (!detail::has_dot<T>) GTEST_SKIP() << "no products of pairs in this instruction set";
   context ctx;
   for (unsigned seed = 1; seed <= 50; ++seed) {

@@ -478,5 +478,34 @@ TEST(PageSelection, RefusesWhatDoesNotFit) {
   EXPECT_EQ(code_of([&] { paged.keep_key_bounds(16); }), errc::ok);
 }
 
+// Bounds follow what write() puts at an earlier position: a key there that outweighs all others is read.
+TEST(PageSelection, SeesWhatIsWrittenToAnEarlierPosition) {
+  constexpr index_t tokens = 2000, dim = 16;
+  for (const index_t bound_tokens : {16, 64}) {
+    for (const index_t position : {0, 70, 127, 1023, 1984}) {
+      paged_kv_cache<float> cache(1, 40, 64, 1, dim);
+      cache.keep_key_bounds(bound_tokens);
+      const sequence_id id = cache.create();
+      rng random(3);
+      std::vector<float> k(tokens * dim), v(tokens * dim), one(dim, 3.0f), of_one(dim, 7.0f), q(dim, 3.0f);
+      for (float& x : k) x = static_cast<float>(0.1 * random.normal());
+      for (float& x : v) x = static_cast<float>(random.normal());
+      const auto rows = [](const std::vector<float>& x, index_t n) {
+        return tensor_view<const float, 3>(x.data(), {n, 1, dim});
+      };
+      cache.append(id, rows(k, tokens), rows(v, tokens));
+      cache.write(0, id, position, rows(one, 1), rows(of_one, 1));  // scores 36, and the others at most 4
+      std::vector<float> out(dim);
+      page_report report;
+      context ctx;
+      page_attention(view(q.data(), {1, 1, 1, dim}), cache.layer(0), view(out.data(), {1, 1, 1, dim}),
+                     {.epsilon = 1e-6, .sink_tokens = 0, .window = 0}, ctx, &report);
+      EXPECT_LT(report.rows[0].read, 10);
+      EXPECT_TRUE(std::binary_search(report.read[0].begin(), report.read[0].end(), position / 64)) << position;
+      for (const float x : out) EXPECT_NEAR(x, 7, 1e-3) << position;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gqa::test

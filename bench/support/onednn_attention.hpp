@@ -66,32 +66,35 @@ void onednn_attention(tensor_view<const T, 4> q, tensor_view<const T, 4> k, tens
     omp_set_num_threads(1);  // of this worker's products
     const index_t b = task / (kv_heads * blocks), g = task / blocks % kv_heads, first = task % blocks * block;
     const index_t count = std::min(block, q_len - first), seen = kv_len - q_len + first + count;
-    // One query: the heads of its group are the rows of one matrix; many: a batch.
-    const auto rows_of = [&]<class U>(const tensor_view<U, 4>& x) -> matrices<U> {
-      U* const at = &x(b, first, g * group, 0);
-      if (q_len == 1) return {at, {1, group, x.extent(3)}, {group * x.stride(2), x.stride(2), 1}};
-      return {at, {group, count, x.extent(3)}, {x.stride(2), x.stride(1), 1}};
-    };
-    const matrices<const T> queries = rows_of(q);
+    // The queries of all heads of the group are the rows of one matrix, head by head, copied into it and out of it.
+    const index_t rows = group * count, dim = q.extent(3), value_dim = v.extent(3);
+    thread_local std::vector<T> own_q, own_out;
+    own_q.resize(static_cast<std::size_t>(rows * dim));
+    own_out.resize(static_cast<std::size_t>(rows * value_dim));
+    for (index_t r = 0; r < rows; ++r)
+      std::copy_n(&q(b, first + r % count, g * group + r / count, 0), dim, own_q.data() + r * dim);
+    const matrices<const T> queries{own_q.data(), {1, rows, dim}, {rows * dim, dim, 1}};
     const matrices<const T> keys{&k(b, 0, g, 0), {1, k.extent(3), seen}, {seen * k.stride(1), 1, k.stride(1)}};
     const matrices<const T> values{&v(b, 0, g, 0), {1, seen, v.extent(3)}, {seen * v.stride(1), v.stride(1), 1}};
-    const dnnl::memory::dims extents{queries.extents[0], queries.extents[1], seen};
-    const dnnl::memory::dims strides{queries.extents[1] * seen, seen, 1};
+    const dnnl::memory::dims extents{1, rows, seen}, strides{rows * seen, seen, 1};
 
     thread_local std::vector<float> scores;
     thread_local std::vector<T> weights;
-    scores.resize(static_cast<std::size_t>(group * count * seen));
+    scores.resize(static_cast<std::size_t>(rows * seen));
     weights.resize(scores.size());
     multiply(queries, keys, matrices<float>{scores.data(), extents, strides});
-    for (index_t r = 0; r < group * count; ++r) {
-      const index_t visible = seen - count + 1 + (q_len == 1 ? 0 : r % count);
+    for (index_t r = 0; r < rows; ++r) {
+      const index_t visible = seen - count + 1 + r % count;
       Eigen::Map<Eigen::ArrayXf> row(scores.data() + r * seen, visible);
       Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>> to(weights.data() + r * seen, seen);
       row = ((row - row.maxCoeff()) * scale).exp();
       to.head(visible) = (row / row.sum()).template cast<T>();
       to.tail(seen - visible).setConstant(T(0));
     }
-    multiply(matrices<const T>{weights.data(), extents, strides}, values, rows_of(out));
+    multiply(matrices<const T>{weights.data(), extents, strides}, values,
+             matrices<T>{own_out.data(), {1, rows, value_dim}, {rows * value_dim, value_dim, 1}});
+    for (index_t r = 0; r < rows; ++r)
+      std::copy_n(own_out.data() + r * value_dim, value_dim, &out(b, first + r % count, g * group + r / count, 0));
   });
 }
 

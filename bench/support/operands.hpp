@@ -71,6 +71,45 @@ void naive_attention(const tensor_view<const Q, 4>& q, const tensor_view<const K
   });
 }
 
+// The largest Euclidean norm of a row of x, and of a row's elements the largest.
+template <class T>
+double largest_row(const tensor_view<T, 4>& x) {
+  double most = 0;
+  for (index_t b = 0; b < x.extent(0); ++b)
+    for (index_t s = 0; s < x.extent(1); ++s)
+      for (index_t h = 0; h < x.extent(2); ++h) {
+        double sum = 0;
+        for (index_t d = 0; d < x.extent(3); ++d) sum += std::pow(static_cast<double>(x(b, s, h, d)), 2);
+        most = std::max(most, std::sqrt(sum));
+      }
+  return most;
+}
+template <class T>
+double largest_element(const tensor_view<T, 4>& x) {
+  double most = 0;
+  for (index_t b = 0; b < x.extent(0); ++b)
+    for (index_t s = 0; s < x.extent(1); ++s)
+      for (index_t h = 0; h < x.extent(2); ++h)
+        for (index_t d = 0; d < x.extent(3); ++d) most = std::max(most, std::abs(static_cast<double>(x(b, s, h, d))));
+  return most;
+}
+
+// What an output of a call without rules may be off by (docs/01_numerics.md), the sum of a product's magnitudes being
+// no more than the product of the rows' norms; in 16 bits half an ulp more, and 2^-8 where weights are rounded.
+template <class Q, class K>
+double allowed_error(const operands<Q, K>& in) {
+  const double scale = 1 / std::sqrt(static_cast<double>(in.q.view().extent(3)));
+  const double magnitude = scale * largest_row(in.q.view()) * largest_row(in.k.view());
+  const double value = largest_element(in.v.view());
+  const auto dim = static_cast<double>(in.q.view().extent(3)),
+             splits = static_cast<double>(in.k.view().extent(1)) / 1024;
+  const double unit = std::is_same_v<K, double> ? 0x1p-53 : 0x1p-24;
+  const double c = unit * ((dim + 12) * magnitude + 14 * magnitude + 60 + 4 * (splits + 1));
+  const double stored = std::is_same_v<Q, Eigen::bfloat16> ? 0x1p-8 : std::is_same_v<Q, Eigen::half> ? 0x1p-11 : 0;
+  const bool rounds = detail::has_dot<K> && !std::is_same_v<Q, float>;
+  return (std::expm1(2 * c) + 2 * unit * (100 + 2 * (splits + 1)) + stored + (rounds ? 0x1p-8 + 0x1p-17 : 0)) * value;
+}
+
 // Largest absolute difference; infinite where there is a NaN.
 template <class T, class U>
 double largest_difference(const tensor_view<T, 4>& x, const tensor_view<U, 4>& y) {
