@@ -72,7 +72,7 @@ class capture {
   [[nodiscard]] static capture read(const std::string& path) {
     // A device may have no end.
     std::error_code problem;
-    if (!std::filesystem::is_regular_file(path, problem)) throw std::runtime_error(path + ": there is no such file");
+    if (!std::filesystem::is_regular_file(path, problem)) throw std::runtime_error(path + ": expected a regular file");
     std::ifstream file(path, std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!file && !file.eof()) throw std::runtime_error(path + ": cannot be read");

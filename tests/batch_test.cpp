@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
@@ -384,6 +385,30 @@ TEST(Batch, MeasuresDistancesByPositions) {
   batch_attention(c.rows(), c.offsets, cache, c.sequences, view(by_positions.data(), {1, c.total(), 4, 16}), plain,
                   ctx);
   EXPECT_EQ(by_slots, by_positions);
+}
+
+// With a variant that answers for 64 keys at once, of which a sequence's last tile has fewer; as slots, positions
+// change nothing.
+TEST(Batch, TakesPositionsBesideAVariant) {
+  rng random(14);
+  ragged_case<float> c(4, 2, 16, 16, {70, 131}, random);
+  c.add(0, 3, random), c.add(1, 40, random);
+  const auto cache = c.cache();
+  std::vector<index_t> slots;
+  for (const auto& [length, count] : {std::pair<index_t, index_t>{70, 3}, {131, 40}})
+    for (index_t s = 0; s < count; ++s) slots.push_back(length - count + s);
+  std::vector<float> expected(static_cast<std::size_t>(c.total() * 4 * 16)), actual(expected.size());
+  context ctx;
+  batch_options options;
+  options.common.causal = true;
+  const auto run = [&](std::vector<float>& out) {
+    batch_attention(c.rows(), c.offsets, cache, c.sequences, view(out.data(), {1, c.total(), 4, 16}), options,
+                    block_local(32), ctx);
+  };
+  run(expected);
+  options.positions = slots;
+  run(actual);
+  EXPECT_EQ(actual, expected);
 }
 
 TEST(Batch, RefusesPositionsThatDoNotFit) {

@@ -87,9 +87,14 @@ TEST(KvCache, RoundsFloatsToNearestEven) {
   std::vector<float> numbers = {0.0f,     -0.0f,    1.00390625f, 1.01171875f, 3.3895314e38f, 3.4e38f,
                                 65519.9f, 65520.0f, 1e-40f,      -2.5e-39f,   1e-45f,        6e-8f,
                                 2.9e-8f,  inf,      -inf,        nan,         1.00048f,      1.0014649f};
+  // What the type would make infinite is refused (narrowing_test).
+  std::erase_if(numbers,
+                [](float x) { return std::isfinite(x) && !std::isfinite(static_cast<float>(static_cast<T>(x))); });
   rng random(3);
-  while (numbers.size() < 64)
-    numbers.push_back(static_cast<float>(std::ldexp(random.normal(), static_cast<int>(random.between(-140, 120)))));
+  while (numbers.size() < 64) {
+    const auto x = static_cast<float>(std::ldexp(random.normal(), static_cast<int>(random.between(-140, 120))));
+    if (std::isfinite(static_cast<float>(static_cast<T>(x)))) numbers.push_back(x);
+  }
   for (const index_t count : {16, 1}) {  // a whole panel and a part of one
     std::vector<float> rows;
     for (index_t t = 0; t < count; ++t) rows.insert(rows.end(), numbers.begin(), numbers.end());

@@ -458,7 +458,8 @@ TEST(RopeFrequencies, OfDynamicNtkGrowWithTheText) {
 
 // A rope of any list turns by it, and grows by its magnitude.
 TEST(Rope, TakesAnyFrequencies) {
-  const rope own(10, {{0.5, -2, 0}, 3}, rope_pairing::halves);
+  const rope own(10, rope_frequencies{{0.5, -2, 0}, 3}, rope_pairing::halves);
+  EXPECT_EQ(rope(64, {}).magnitude(), 1);  // options
   EXPECT_EQ(own.magnitude(), 3);
   std::vector<double> x(10, 0.0);
   x[0] = 1, x[4] = 1, x[9] = 7;  // pairs (0, 3), (1, 4), (2, 5)
@@ -518,8 +519,8 @@ TEST(RopeFrequencies, AreRefusedWhereNumbersMakeNoSense) {
             errc::option);
   EXPECT_EQ(refuses([] { return dynamic_ntk_frequencies(8, 10000, 2, 0, 5); }), errc::option);
   EXPECT_EQ(refuses([] { return axes_of_sections(std::vector<index_t>{3, -1}); }), errc::option);
-  EXPECT_EQ(refuses([] { return rope(8, {std::vector<double>(5), 1}); }), errc::shape);
-  EXPECT_EQ(refuses([] { return rope(8, {{1, std::nan("")}, 1}); }), errc::option);
+  EXPECT_EQ(refuses([] { return rope(8, rope_frequencies{std::vector<double>(5), 1}); }), errc::shape);
+  EXPECT_EQ(refuses([] { return rope(8, rope_frequencies{{1, std::nan("")}, 1}); }), errc::option);
   EXPECT_EQ(refuses([] {
               return rope(8, rope_frequencies{{1}, std::numeric_limits<double>::infinity()});
             }),

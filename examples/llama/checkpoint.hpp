@@ -30,6 +30,7 @@ inline std::vector<char> read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::vector<char> bytes;
   const auto size = std::filesystem::file_size(path, problem);
+  if (problem) throw file_error(path, problem.message());
   try {
     bytes.resize(size);
   } catch (const std::exception&) {

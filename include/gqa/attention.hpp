@@ -107,7 +107,7 @@ template <class Q, class Source, class Out>
                                       const attention_options& options) noexcept {
   if constexpr (output_state<Out>) {
     const auto out = output_view(out_or_state);
-    if (const auto f = find_lse_fault("out", out_or_state.lse, out)) return f;
+    if (const auto f = find_lse_fault("out.lse", out_or_state.lse, out)) return f;
     if (const auto f = find_overlap_fault(describe("out.lse", out_or_state.lse), describe("out", out))) return f;
   }
   const auto find_overlap = [&](const operand& read) noexcept { return find_overlap_with(out_or_state, read); };
@@ -319,10 +319,10 @@ template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_ou
   return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
 }
 
-/// Makes room in a context for attention(q, k, v, out, options, ctx), and plans it, so that calls of this shape and of
-/// smaller ones allocate nothing. Nothing of q, k, v and out is read or written: their pointers may point anywhere but
-/// nowhere. Over a cache of the same extents a call needs no more; give the longest sequences that there will be.
-/// \throws error  as attention() does, and errc::capacity if the memory cannot be had
+/// Makes room in a context for attention(q, k, v, out, options, ctx), and plans it, so that calls of this shape
+/// allocate nothing. Elements of q, k, v and out are neither read nor written; their pointers may be anything but null.
+/// Calls of another shape are divided in another way, and may need more even where they are smaller: reserve each shape
+/// there is. \throws error  as attention() does, and errc::capacity if the memory cannot be had
 template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 void reserve(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, context& ctx) {
   const context::detail_dry_run dry(ctx);

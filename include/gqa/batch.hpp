@@ -10,12 +10,12 @@
 /// call, a comparison of pages where attention reads them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -41,13 +41,13 @@ struct batch_options {
   /// [n]: true where query i sees the j-th of the last q_len keys, beside what the other rules hide: trees of draft
   /// tokens (SpecInfer, Miao et al. 2024). [q_len, q_len] each, any strides; empty: nothing more is hidden.
   std::span<const tensor_view<const bool, 2>> masks = {};
+  /// Whether what forks of a paged_kv_cache have in common is read once for all of them. Changes no bit.
+  bool share_prefixes = true;
   /// [total_q]: position of each row, where it is not that of its slot: in a tree of drafts its depth, for siblings
   /// have slots one after the other. Distances of causal edge, window and ALiBi are between these, a sequence's last
   /// q_len keys being at the positions of its rows, and keys before them at those of their slots; variants are still
   /// told slots. Default: slots, as in other libraries (vLLM's and FlashInfer's trees measure windows and ALiBi so).
   std::span<const index_t> positions = {};
-  /// Whether what forks of a paged_kv_cache have in common is read once for all of them. Changes no bit.
-  bool share_prefixes = true;
 };
 
 namespace detail {
@@ -98,6 +98,7 @@ class draft_masks {
 
   [[nodiscard]] bool visible(const position& p) const noexcept {
     const place& first = places_[static_cast<std::size_t>(p.batch)];
+    if (p.key >= first.keys) return false;  // asked with the rest of its tile
     if (!ragged_.positions.empty()) {
       const key_range near = keys_near(p.batch, p.query - first.query);
       const index_t key = ragged_.position_of_key(p.batch, p.key, first.keys);
@@ -214,9 +215,10 @@ template <class Q, class KV, class Out>
       return f;
     const index_t rows = ragged.q_offsets[n + 1] - ragged.q_offsets[n];
     if (!options.positions.empty() && rows > length)
-      return make_fault(errc::length,
-                        "options.positions: expected sequences of at least their rows' keys, got %lld of %lld",
-                        printable(length), printable(rows));
+      return make_fault(
+          errc::length,
+          "options.positions: expected at least %lld keys (one a row) in the batch's sequence %zu, got %lld",
+          printable(rows), n, printable(length));
     if (options.masks.empty() || is_absent(options.masks[n])) continue;
     const auto& mask = options.masks[n];
     if (mask.extent(0) != rows || mask.extent(1) != rows || rows > length)
@@ -225,10 +227,8 @@ template <class Q, class KV, class Out>
                         "%lld] of %lld",
                         n, printable(rows), printable(rows), printable(mask.extent(0)), printable(mask.extent(1)),
                         printable(length));
-    const tensor_view<const bool, 4> as_operand(mask.data(), {1, 1, rows, rows},
-                                                {0, 0, mask.stride(0), mask.stride(1)});
-    if (const auto f = find_extents_fault(describe("options.masks", as_operand))) return f;
-    if (const auto f = find_overlap_with(out_or_state, describe("options.masks", as_operand))) return f;
+    if (const auto f = find_extents_fault(describe("options.masks", mask))) return f;
+    if (const auto f = find_overlap_with(out_or_state, describe("options.masks", mask))) return f;
   }
   for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences),
                               describe("options.positions", options.positions)}) {
@@ -246,13 +246,20 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, con
   if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
   if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
   if (const auto f = find_turns_fault(q)) return raise(f);
-  std::vector<draft_masks::place> places;
+  using place = draft_masks::place;
+  static_assert(sizeof(place) == context::detail_place_bytes);
+  std::span<place> places;
   if (!options.masks.empty() || !options.positions.empty()) {
+    const std::size_t sequences = ragged.sequences.size();
+    auto* const memory =
+        reinterpret_cast<place*>(ctx.detail_batch((std::max)(sequences, std::size_t{1}) * sizeof(place)));
+    if (memory == nullptr) return;
+    places = {memory, sequences};
     auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
     p.ragged = ragged;
     for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
       const index_t length = p.length(kv, n);
-      places.push_back({p.query_offset(n, length), length - p.q_len(n), length});
+      places[static_cast<std::size_t>(n)] = {p.query_offset(n, length), length - p.q_len(n), length};
     }
   }
   const interval_rule rule(common.causal, common.window);

@@ -98,7 +98,9 @@ class context {
     if (sequences < 0 || sequences > most_sequences)
       return detail::raise(detail::make_fault(errc::shape, "context: expected 0 to 2^40 sequences, got %lld",
                                               static_cast<long long>(sequences)));
-    if (detail_plan(sequences) == nullptr || detail_families(sequences) == nullptr) return;
+    if (detail_plan(sequences) == nullptr || detail_families(sequences) == nullptr ||
+        detail_batch(static_cast<std::size_t>((std::max)(sequences, index_t{1})) * detail_place_bytes) == nullptr)
+      return;
     static_cast<void>(detail_scratch(bytes));
   }
   /// Bytes of scratch that the context has: those of the call that needed most, or what was reserved.
@@ -166,6 +168,11 @@ class context {
     const std::size_t bytes = (3 * static_cast<std::size_t>(sequences) + 1) * sizeof(index_t);
     return reinterpret_cast<index_t*>(families_.at_least(bytes, "families"));
   }
+  /// Internal: `bytes` of what a call over a batch knows of each sequence; null like detail_scratch().
+  [[nodiscard]] std::byte* detail_batch(std::size_t bytes) {
+    return batch_.at_least(bytes, "a batch");
+  }
+
   /// Internal: while this is there calls make room for what they need, and then return.
   class detail_dry_run {
    public:
@@ -181,6 +188,7 @@ class context {
   [[nodiscard]] bool detail_is_dry() const noexcept {
     return is_dry_;
   }
+  static constexpr std::size_t detail_place_bytes = 24;  // of a sequence of a batch with masks or positions
   static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 160;
 
  private:
@@ -197,7 +205,7 @@ class context {
   void* executor_ = nullptr;
   index_t (*concurrency_)(void*) = nullptr;
   void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
-  detail::growing_memory scratch_, plan_, families_;
+  detail::growing_memory scratch_, plan_, families_, batch_;
   std::unique_ptr<context[]> workers_;
   index_t worker_count_ = 0;
   bool is_dry_ = false;

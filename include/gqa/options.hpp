@@ -30,8 +30,7 @@ struct attention_options {
   std::span<const index_t> query_offsets = {};  ///< [B], per sequence; default (valid keys) - q_len: bottom-right
   window_t window = {};                         ///< positions a query sees
   double softcap = {};                          ///< c in c * tanh(s / c), on scaled products; 0 is off (Gemma 2)
-  std::span<const float> alibi_slopes =
-      {};                             ///< [H]: adds slope * (key position - query position); see encoder_alibi.hpp
+  std::span<const float> alibi_slopes = {};     ///< [H]: adds slope * (key - query position), or see encoder_alibi.hpp
   std::span<const float> sinks = {};  ///< [H] logit of one virtual key of value 0: raw, counted once; -inf is none
   std::optional<tensor_view<const bool, 4>> mask = {};   ///< [B|1, H|1, S, T], true: attend
   std::optional<tensor_view<const float, 4>> bias = {};  ///< [B|1, H|1, S, T], added; -inf hides

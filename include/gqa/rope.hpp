@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <span>
 #include <type_traits>
@@ -51,7 +52,8 @@ class rope {
   /// By any frequencies: those of a rule, or a model's own.
   /// \param frequencies  of the first pairs of a row: up to head_dim / 2
   /// \throws error       errc::shape for more pairs than fit a row, errc::option for numbers that are not finite
-  rope(index_t head_dim, rope_frequencies frequencies, rope_pairing pairing = rope_pairing::neighbours);
+  template <std::same_as<rope_frequencies> F>  // so that {} stays options
+  rope(index_t head_dim, F frequencies, rope_pairing pairing = rope_pairing::neighbours);
 
   [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
   [[nodiscard]] rope_pairing pairing() const noexcept { return pairing_; }
@@ -280,7 +282,8 @@ inline rope::rope(index_t head_dim, const rope_options& options) : head_dim_(hea
   if (frequencies_.radians.empty()) head_dim_ = 0;
 }
 
-inline rope::rope(index_t head_dim, rope_frequencies frequencies, rope_pairing pairing)
+template <std::same_as<rope_frequencies> F>
+rope::rope(index_t head_dim, F frequencies, rope_pairing pairing)
     : head_dim_(head_dim), pairing_(pairing), frequencies_(std::move(frequencies)) {
   const auto find_fault = [&]() -> detail::fault {
     using detail::make_fault, detail::printable;

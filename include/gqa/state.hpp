@@ -61,7 +61,7 @@ template <class T>
   for (int axis = 0; axis < 4; ++axis) {
     if (const auto f = find_extent_fault(out, axis, result.extent(axis), "that of the merge's result")) return f;
   }
-  return find_lse_fault(name, state.lse, state.out);
+  return find_lse_fault("state.lse", state.lse, state.out);
 }
 
 /// States fit the one that they are merged into: same extents, sound layout, memory apart or the same.
@@ -70,7 +70,7 @@ template <class T>
                                      const partial_state<T>& result) noexcept {
   const operand out = describe("result.out", result.out);
   if (const auto f = find_output_fault(out)) return f;
-  if (const auto f = find_lse_fault("result", result.lse, result.out)) return f;
+  if (const auto f = find_lse_fault("result.lse", result.lse, result.out)) return f;
   if (result.lse.size() > 0 && result.out.extent(3) < 1)
     return make_fault(errc::shape, "result.out: expected values of at least 1 element, got none");
   const operand lse = describe("result.lse", result.lse);

@@ -9,10 +9,9 @@
 //            distances: near-equal keys with scores of 1e5 have weights that are off by 1e5 times more than those with
 //            scores of 1.
 //   weights  A weight whose score is off by c is off by a factor of e^c, their sum by one of at most e^c: an output
-//   moves
-//            by at most (e^2c - 1) times the weighted mean of |value - output|, which is at most m. The distance of a
-//            score from the row's reference, its exponential (1 ulp = 2 u) and the factors of later tiles and splits
-//            add 7 u times that distance, and 60 u, to c.
+//            moves by at most (e^2c - 1) times the weighted mean of |value - output|, which is at most m. The distance
+//            of a score from the row's reference, its exponential (1 ulp = 2 u) and the factors of later tiles and
+//            splits add 7 u times that distance, and 60 u, to c.
 //   sums     64 terms in a chain, 16 tiles, the splits, the quotient: (100 + 2 splits) u of the numerator and of the
 //            denominator, each.
 // The oracle computes this row by row from the partial sums there are (oracle_result::out_bound), which random data

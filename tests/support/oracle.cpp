@@ -97,8 +97,6 @@ oracle_result run_oracle(tensor_view<const double, 4> q, tensor_view<const doubl
     const product_sizes product =
         sizes_of_product(&q(p.batch, s, p.q_head, 0), &k(p.batch, p.key, g, 0), q.extent(3), kernel.lanes);
     double roundings = std::abs(scale) * product.roundings;
-    // The cap's quotient, its tangent (3 units), products; then a rounding for each term that is added.
-    if (options.softcap != 0) roundings += 10 * std::min(options.softcap, std::abs(score) + 1);
     double added = 0;
     if (options.bias) {
       const auto& bias = *options.bias;
@@ -107,6 +105,8 @@ oracle_result run_oracle(tensor_view<const double, 4> q, tensor_view<const doubl
     if (!options.alibi_slopes.empty())
       added += std::abs(static_cast<double>(options.alibi_slopes[static_cast<std::size_t>(p.q_head)]) *
                         static_cast<double>(p.key - p.query));
+    // The cap's quotient, its tangent (3 units) and products, of what is added to afterwards; then a rounding a term.
+    if (options.softcap != 0) roundings += 10 * std::min(options.softcap, std::abs(score) + added + 1);
     if (added != 0 && std::isfinite(added)) roundings += 2 * (std::abs(score) + added);
     const double magnitude = std::abs(scale) * product.magnitude + added;
     if (std::isfinite(magnitude)) result.max_magnitude = std::max(result.max_magnitude, magnitude);

@@ -45,6 +45,10 @@ struct operand {
   std::array<index_t, 4> extents;
   std::array<index_t, 4> strides;  // in elements
   index_t element_size;
+  int rank = 4;
+
+  /// The axis as the caller counts it.
+  [[nodiscard]] int own_axis(std::size_t axis) const noexcept { return static_cast<int>(axis) - (4 - rank); }
 
   [[nodiscard]] bool is_empty() const noexcept {
     for (const index_t extent : extents) {
@@ -58,7 +62,7 @@ struct operand {
 template <class T, int Rank>
 [[nodiscard]] operand describe(const char* name, const tensor_view<T, Rank>& v) noexcept {
   static_assert(Rank <= 4);
-  operand o{name, v.data(), {1, 1, 1, 1}, {}, static_cast<index_t>(sizeof(T))};
+  operand o{name, v.data(), {1, 1, 1, 1}, {}, static_cast<index_t>(sizeof(T)), Rank};
   for (int axis = 0; axis < Rank; ++axis) {
     const auto at = static_cast<std::size_t>(4 - Rank + axis);
     o.extents[at] = v.extent(axis);
@@ -71,7 +75,7 @@ template <class T, int Rank>
 template <class T>
 [[nodiscard]] operand describe(const char* name, std::span<const T> x) noexcept {
   const auto size = static_cast<index_t>(x.size());
-  return {name, x.data(), {1, 1, 1, size}, {0, 0, 0, 1}, static_cast<index_t>(sizeof(T))};
+  return {name, x.data(), {1, 1, 1, size}, {0, 0, 0, 1}, static_cast<index_t>(sizeof(T)), 1};
 }
 
 [[nodiscard]] inline long long printable(index_t n) noexcept {
@@ -85,15 +89,15 @@ template <class T>
   for (std::size_t axis = 0; axis < 4; ++axis) {
     const index_t extent = o.extents[axis], stride = o.strides[axis];
     if (extent < 0)
-      return make_fault(errc::shape, "%s: expected extents >= 0, got %lld on axis %zu", o.name, printable(extent),
-                        axis);
+      return make_fault(errc::shape, "%s: expected extents >= 0, got %lld on axis %d", o.name, printable(extent),
+                        o.own_axis(axis));
     if (extent > limit || (size != 0 && extent > limit / size))
       return make_fault(errc::shape, "%s: expected at most 2^56 elements, got more", o.name);
     size *= extent;
     if (extent <= 1) continue;
     if (stride > limit / extent || stride < -(limit / extent) || (reach += std::abs(stride) * (extent - 1)) > limit)
-      return make_fault(errc::stride, "%s: expected offsets within 2^56 elements, got stride %lld on axis %zu", o.name,
-                        printable(stride), axis);
+      return make_fault(errc::stride, "%s: expected offsets within 2^56 elements, got stride %lld on axis %d", o.name,
+                        printable(stride), o.own_axis(axis));
   }
   if (size > 0 && o.data == nullptr) return make_fault(errc::shape, "%s: expected data, got a null pointer", o.name);
   return {};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// Floats on their way into a narrower type: those that it does not reach are refused, with their place, before
+/// Floats on their way into a narrower type, those of turned rows as they are once turned: those that it does not reach
+/// are refused, with their place, before
 /// anything is stored. (A finite number that became infinite would make its whole row NaN, some steps later.)
 ///
 /// half reaches to 65,504, bfloat16 to 3.39e38; what is below the midpoint between its largest number and the next
@@ -43,7 +44,8 @@ template <class T>
 }
 
 /// Rows [count, tokens, heads, dim] on their way into a T, as rows(b, t, g, tokens of a panel at most) gives them.
-/// Cost: reads each element once; nothing where T is as wide as they are.
+/// Cost: reads each element once, and turns those that are turned on their way once more; nothing where T is as wide as
+/// they are.
 template <class T, class Rows>
 [[nodiscard]] fault find_narrowing_fault(const char* name, Rows& rows, index_t count, index_t tokens, index_t heads,
                                          index_t dim) noexcept {

@@ -29,7 +29,8 @@ struct bounded_head {
   [[nodiscard]] index_t q_head_of(index_t row) const noexcept { return first_head + row % group; }
 };
 
-/// Scores as the kernel has them: base 2, of queries as loaded, negated where the scale is negative.
+/// Scores to base 2, also where the kernel has them to base e (online_softmax.hpp); of queries as loaded, negated where
+/// the scale is negative.
 template <class A, class L>
 class score_bound {
  public:

@@ -197,9 +197,10 @@ template <class A>
   }
 }
 
-/// The largest lane; unspecified if one is NaN.
+/// The largest lane; unspecified if one is NaN. (Flattened: GCC has its false warning of above for Eigen's function on
+/// its own.)
 template <class A>
-[[nodiscard]] inline A max_lane(const packet<A>& x) noexcept {
+[[nodiscard, gnu::flatten]] inline A max_lane(const packet<A>& x) noexcept {
   return Eigen::internal::predux_max(x);
 }
 
@@ -352,8 +353,8 @@ template <class A>
   return square[0];
 }
 
-/// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane. (Flattened: GCC has its false
-/// warning of above for Eigen's function on its own.)
+/// tanh, a few ulp; NaN stays NaN. Double has no packet version: libm, lane by lane. (Flattened as
+/// max_lane().)
 template <class A>
 [[nodiscard, gnu::flatten]] inline packet<A> tanh(const packet<A>& x) noexcept {
   if constexpr (std::is_same_v<A, float> && packet_size<A> != 1) {
