@@ -17,9 +17,11 @@ struct refusal {
 inline refusal refusal_of(const auto& f) {
 #ifdef GQA_NO_EXCEPTIONS
   static std::string message;
-  set_error_handler([](const error& e) { message = e.what(); });
+  // Calls of this within f have handlers of their own.
+  const error_handler before = set_error_handler([](const error& e) { message = e.what(); });
   static_cast<void>(take_last_error());
   f();
+  set_error_handler(before);
   return {take_last_error(), message};
 #else
   try {

@@ -64,7 +64,7 @@ template <class T, int Rank>
   static_assert(Rank <= 4);
   operand o{name, v.data(), {1, 1, 1, 1}, {}, static_cast<index_t>(sizeof(T)), Rank};
   for (int axis = 0; axis < Rank; ++axis) {
-    const auto at = static_cast<std::size_t>(4 - Rank + axis);
+    const std::size_t at = std::size_t{4 - Rank} + static_cast<std::size_t>(axis);
     o.extents[at] = v.extent(axis);
     o.strides[at] = v.extent(axis) <= 1 ? 0 : v.stride(axis);
   }
