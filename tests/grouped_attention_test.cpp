@@ -1014,5 +1014,42 @@ TEST(GroupedAttention, DecodesEightBits) {
   EXPECT_EQ(actual, expected);
 }
 
+// The spread that error bounds rest on: no less than the largest distance of a key that is seen, in double, whatever
+// floats round, and hardly more; of the keys that count, and no others.
+TEST(GroupedAttention, KnowsTheSpreadOfItsKeys) {
+  constexpr index_t keys = 150, dim = 40;
+  for (std::uint64_t seed = 1; seed <= 40; ++seed) {
+    rng random(seed);
+    std::vector<float> k_data(keys * dim), v_data(k_data.size());
+    const tensor_view<float, 4> k(k_data.data(), {1, keys, 1, dim}), v(v_data.data(), {1, keys, 1, dim});
+    for (float& x : k_data) x = static_cast<float>(1 + random.normal());
+    const index_t seen = 140;  // of which those of [20, 50) are near, and do not count
+    for (index_t d = 0; d < dim; ++d) k(0, 30, 0, d) = k(0, 145, 0, d) = 100;
+    const auto kv = kv_view(k, v);
+    const detail::part_of_source<std::remove_cvref_t<decltype(kv)>> head(kv, 0, 0, 1, keys);
+    std::vector<double> mean(dim);
+    const auto counts = [](index_t t) { return t < 20 || t >= 50; };
+    for (index_t t = 0; t < seen; ++t)
+      for (index_t d = 0; d < dim && counts(t); ++d)
+        mean[static_cast<std::size_t>(d)] += static_cast<double>(k(0, t, 0, d)) / (seen - 30);
+    for (const bool from_mean : {false, true}) {
+      double largest = 0;
+      for (index_t t = 0; t < seen; ++t) {
+        double sum = 0;
+        for (index_t d = 0; d < dim && counts(t); ++d) {
+          // The mean as it is held, in float, which is all that distances are from.
+          const auto centre =
+              from_mean ? static_cast<double>(static_cast<float>(mean[static_cast<std::size_t>(d)])) : 0;
+          sum += std::pow(static_cast<double>(k(0, t, 0, d)) - centre, 2);
+        }
+        largest = std::max(largest, std::sqrt(sum));
+      }
+      const double said = detail::spread_of(head, detail::key_interval({20, 50}, false), seen, from_mean);
+      EXPECT_GE(said, largest * (1 + (from_mean ? -1e-12 : 0))) << seed;
+      EXPECT_LE(said, largest * (1 + 2 * (dim + 3) * 0x1p-23)) << seed;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gqa::test
