@@ -8,7 +8,7 @@
 /// scores (score_rules.hpp), to base e: see score_base. It is empty at m = -inf with sum = 0 and out = 0. Steps and
 /// merges rescale by the row's own references only, so a row's bits do not depend on its neighbours. m follows the
 /// running maximum at a distance: it is the maximum once a score lies 8 above it (as in FlashAttention-4), so that
-/// weights are at most 1.
+/// weights are at most 1, but for the rounding of m + 8.
 ///
 /// Weights are summed where they meet the values (tile_kernel.hpp), in the same order: the sum is what a column of ones
 /// would have, and values of 1 give exactly 1. Only weights in 16 bits, whose pairs would have to be taken apart for it
