@@ -322,7 +322,8 @@ template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_ou
 /// Makes room in a context for attention(q, k, v, out, options, ctx), and plans it, so that calls of this shape
 /// allocate nothing. Elements of q, k, v and out are neither read nor written; their pointers may be anything but null.
 /// Calls of another shape are divided in another way, and may need more even where they are smaller: reserve each shape
-/// there is. \throws error  as attention() does, and errc::capacity if the memory cannot be had
+/// there is.
+/// \throws error  as attention() does, and errc::capacity if the memory cannot be had
 template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>
 void reserve(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options, context& ctx) {
   const context::detail_dry_run dry(ctx);

@@ -46,7 +46,7 @@ struct batch_options {
   /// [total_q]: position of each row, where it is not that of its slot: in a tree of drafts its depth, for siblings
   /// have slots one after the other. Distances of causal edge, window and ALiBi are between these, a sequence's last
   /// q_len keys being at the positions of its rows, and keys before them at those of their slots; variants are still
-  /// told slots. Default: slots, as in other libraries (vLLM's and FlashInfer's trees measure windows and ALiBi so).
+  /// told slots. Default: the positions of slots.
   std::span<const index_t> positions = {};
 };
 
@@ -130,7 +130,7 @@ class draft_masks {
   [[nodiscard]] bool has_mask(index_t n) const noexcept {
     return !masks_.empty() && !is_absent(masks_[static_cast<std::size_t>(n)]);
   }
-  /// Positions that query s of a sequence sees by its own.
+  /// Positions that query s of a sequence may see, by causal edge and window around its own position.
   [[nodiscard]] key_range keys_near(index_t n, index_t s) const noexcept {
     return rule_.keys_of(ragged_.position_of_query(n, s), position_limit * 2);
   }
@@ -264,7 +264,7 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, con
   }
   const interval_rule rule(common.causal, common.window);
   const draft_masks masks(options.masks, places, ragged, rule);
-  if (!options.positions.empty()) common.causal = false, common.window = {};  // which are by slots
+  if (!options.positions.empty()) common.causal = false, common.window = {};  // the engine would go by slots
   if constexpr (std::is_same_v<Variant, no_variant>) {
     attend_checked(q, kv, out, common, ragged, masks, ctx);
   } else {

@@ -51,8 +51,9 @@ namespace detail {
 
 inline namespace GQA_ISA {
 
-/// A number a row that is made of a call with options over a source, [B, S, H]: all that attention() would find, with
-/// that number in the place of its output, before memory for an output is asked for.
+/// What is wrong with a diagnostic call that writes one number a query, result [B, S, H], from attention of q over kv:
+/// the faults that attention() would find in q, kv and options, and those of result. Asked before memory for the
+/// outputs of that attention is allocated, whose size rests on extents that nobody has checked yet.
 template <class R, class Q, class KV>
 [[nodiscard]] fault find_rows_result_fault(const char* name, const tensor_view<R, 3>& result,
                                            const tensor_view<Q, 4>& q_in, const KV& kv,

@@ -14,10 +14,9 @@
 //            splits add 7 u times that distance, and 60 u, to c.
 //   sums     64 terms in a chain, 16 tiles, the splits, the quotient: (100 + 2 splits) u of the numerator and of the
 //            denominator, each.
-// The oracle computes this row by row from the partial sums there are (oracle_result::out_bound), which random data
-// does not come near: no more than a tenth to a third of it. output_bound() is the same from D and a alone. double: the
-// same multiples of its own u; the oracle's own roundings, which are the same in double, double it. 16-bit outputs add
-// their own rounding, half an ulp of the result.
+// The oracle computes this row by row from the partial sums there are (oracle_result::out_bound); output_bound() is the
+// same from D and a alone, and wider. double: the same multiples of its own u; the oracle's own roundings, which are
+// the same in double, double it. 16-bit outputs add their own rounding, half an ulp of the result.
 //
 // bfloat16 where the ISA multiplies pairs of it: weights are rounded to 8 bits, each by a factor 1 + d, |d| <= 2^-8,
 // and their sum is that of the rounded ones. So an output moves by the mean of d (v - out), at most 2^-8 times the mean
