@@ -124,6 +124,10 @@ TEST(Llama, OnePrefillAndSingleTokensGoOnAlike) {
   }
 }
 
+// A whole model's loss has no derived bound. What is exact but for rounding was seen off by less than the last of the
+// six digits that are printed, 1e-6 (Emerald Rapids): ten of those are allowed.
+constexpr double exact_loss = 1e-5;
+
 TEST(Llama, TeacherForcedLossIsTheStoredOne) {
   GQA_NEED_TEST_DATA();
   const std::string facts = read_file(test_data_folder() + "/models/stories260K_teacher512.json");
@@ -146,7 +150,7 @@ TEST(Llama, TeacherForcedLossIsTheStoredOne) {
         loss += top + std::log((row - top).exp().sum()) - row[tokens[static_cast<std::size_t>(first + i) + 1]];
       }
     }
-    EXPECT_NEAR(loss / 511, json_number(facts, "mean_nll_nats").value(), 1e-4) << at_once << " at once";
+    EXPECT_NEAR(loss / 511, json_number(facts, "mean_nll_nats").value(), exact_loss) << at_once << " at once";
   }
 }
 
@@ -162,11 +166,11 @@ TEST(Llama, GroupedAndLocalAttentionAreExactWhereTheyMustBe) {
   GQA_NEED_TEST_DATA();
   const std::string facts = read_file(test_data_folder() + "/models/stories260K_teacher512.json");
   const double exact = loss_of("--steps 512");
-  EXPECT_NEAR(exact, json_number(facts, "mean_nll_nats").value(), 1e-4);
+  EXPECT_NEAR(exact, json_number(facts, "mean_nll_nats").value(), exact_loss);
   const std::string grouped = "--steps 512 --attention grouped --always 1 --block 64 --window 32 ";
-  EXPECT_NEAR(loss_of(grouped + "--tolerance 0"), exact, 1e-5);
-  EXPECT_NEAR(loss_of(grouped + "--top-keys 512 --groups 4"), exact, 1e-5);
-  EXPECT_NEAR(loss_of("--steps 512 --attention local --window 512"), exact, 1e-5);
+  EXPECT_NEAR(loss_of(grouped + "--tolerance 0"), exact, exact_loss);
+  EXPECT_NEAR(loss_of(grouped + "--top-keys 512 --groups 4"), exact, exact_loss);
+  EXPECT_NEAR(loss_of("--steps 512 --attention local --window 512"), exact, exact_loss);
   // And are not elsewhere; few groups lose more than many.
   const double few = loss_of(grouped + "--groups 2 --top-keys 0"), many = loss_of(grouped + "--groups 64 --top-keys 8");
   EXPECT_GT(few, exact + 1e-4);
@@ -181,11 +185,11 @@ TEST(Llama, LosesWithPagesWhatTheirEpsilonLetsIt) {
   GQA_NEED_TEST_DATA();
   const double exact = loss_of("--steps 300");
   const std::string pages = "--steps 300 --attention pages --epsilon ";
-  EXPECT_NEAR(loss_of(pages + "0"), exact, 1e-5);
+  EXPECT_NEAR(loss_of(pages + "0"), exact, exact_loss);
   const double some = loss_of(pages + "0.9");
   EXPECT_NE(some, exact);
   EXPECT_NEAR(some, exact, 0.05);
-  EXPECT_NEAR(loss_of(pages + "0.9 --exact-layers 100"), exact, 1e-5);
+  EXPECT_NEAR(loss_of(pages + "0.9 --exact-layers 100"), exact, exact_loss);
   EXPECT_NEAR(loss_of(pages + "0.01 --bound-tokens 64"), exact, 1e-3);
   EXPECT_NEAR(loss_of(pages + "0.01 --kv-type q8"), exact, 0.02);
   EXPECT_NE(run_llama(of_model("--attention pages --bound-tokens 32")).exit_code, 0);
@@ -205,8 +209,8 @@ TEST(Llama, StoresKeysAndValuesInOtherTypes) {
   const double half = loss_of("f16"), bfloat16 = loss_of("bf16"), eight_bits = loss_of("q8");
   EXPECT_NE(half, exact);
   EXPECT_NE(bfloat16, exact);
-  EXPECT_NEAR(half, exact, 1e-4);  // an eighth of bfloat16's
-  EXPECT_NEAR(bfloat16, exact, 1e-3);
+  EXPECT_NEAR(half, exact, 2e-5);      // seen: 2e-6
+  EXPECT_NEAR(bfloat16, exact, 1e-3);  // seen: 3.6e-4
   EXPECT_NE(eight_bits, exact);
   // Of one text of 512 tokens: 0.002 more, and 0.003 of standard deviation from text to text (docs/02_caches.md).
   EXPECT_NEAR(eight_bits, exact, 0.002 + 3 * 0.003);

@@ -3,8 +3,13 @@
 // written.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -113,6 +118,65 @@ TEST(NarrowingToHalf, OfTurnedKeysIsOfWhatTheyBecome) {
   EXPECT_EQ(cache.length(0), 0);
   cache.append(rows::view_of(in.k), rows::view_of(in.v));
   EXPECT_EQ(cache.length(0), tokens);
+}
+
+// Rows that are turned in memory may grow by a factor of sqrt(2), and by the magnitude.
+template <class T>
+void expect_rotation_refused(float large, float magnitude) {
+  const rope embedding(dim, rope_frequencies{std::vector<double>(dim / 2, 0.1), magnitude});
+  const std::vector<index_t> first{5}, positions(tokens, 8);
+  std::vector<T> x(tokens * heads * dim, static_cast<T>(1.0f));
+  const auto at = [&x](index_t t, index_t d) -> T& { return x[static_cast<std::size_t>((t * heads + 1) * dim + d)]; };
+  context ctx;
+  const auto turns = embedding.turns<float>(positions, ctx);
+  const auto rotations = std::to_array<std::function<void()>>({
+      [&] {
+        embedding.rotate(view(x.data(), {1, tokens, heads, dim}), std::span(first), ctx);
+      },
+      [&] {
+        embedding.rotate_each(view(x.data(), {1, tokens, heads, dim}), positions, ctx);
+      },
+      [&] {
+        embedding.rotate(view(x.data(), {1, tokens, heads, dim}), turns, ctx);
+      },
+  });
+  for (const auto& rotate : rotations) {
+    at(60, 6) = at(60, 7) = static_cast<T>(large);  // some pair of it turns to nearly sqrt(2) of either
+    const std::vector<T> before = x;
+    const refusal r = refusal_of(rotate);
+    EXPECT_EQ(r.code, errc::range) << r.message;
+    EXPECT_NE(r.message.find("x[0, 60, 1, 7]"), std::string::npos) << r.message;
+    EXPECT_EQ(0, std::memcmp(x.data(), before.data(), x.size() * sizeof(T)));
+    // What is not finite already turns as it does, and so does what stays within.
+    at(60, 6) = at(60, 7) = static_cast<T>(large / 2), at(3, 2) = std::numeric_limits<T>::infinity();
+    EXPECT_EQ(refusal_of(rotate).code, errc::ok);
+    std::fill(x.begin(), x.end(), static_cast<T>(1.0f));
+  }
+}
+TEST(NarrowingToHalf, OfRowsThatTurnInMemoryIsRefused) {
+  expect_rotation_refused<Eigen::half>(55000.0f, 1);
+  expect_rotation_refused<Eigen::half>(30000.0f, 2);
+  expect_rotation_refused<Eigen::bfloat16>(3e38f, 1);
+}
+
+// Queries that are rounded to bfloat16 for products of pairs: the largest floats stay finite.
+TEST(NarrowingToBfloat16, OfQueriesHoldsTheLargestFloats) {
+  for (const index_t channels : {16, 21}) {  // whole packets, and a rest
+    std::vector<float> q(static_cast<std::size_t>(channels), 0.0f), out(1);
+    std::vector<Eigen::bfloat16> k(static_cast<std::size_t>(2 * channels), Eigen::bfloat16(0.0f)), v(2);
+    q.back() = std::numeric_limits<float>::max();
+    k[static_cast<std::size_t>(channels - 1)] = Eigen::bfloat16(0x1p-120f), v[0] = Eigen::bfloat16(3.0f);
+    attention_options options;
+    options.scale = 1, options.float_products = false;
+    context ctx;
+    attention(view(q.data(), {1, 1, 1, channels}), view(k.data(), {1, 2, 1, channels}), view(v.data(), {1, 2, 1, 1}),
+              view(out.data(), {1, 1, 1, 1}), options, ctx);
+    EXPECT_EQ(out[0], 3.0f);  // a score of 2^8, beside one of 0
+    q.back() = std::numeric_limits<float>::infinity();
+    attention(view(q.data(), {1, 1, 1, channels}), view(k.data(), {1, 2, 1, channels}), view(v.data(), {1, 2, 1, 1}),
+              view(out.data(), {1, 1, 1, 1}), options, ctx);
+    EXPECT_TRUE(std::isnan(out[0]));  // as of any infinite query
+  }
 }
 
 TEST(NarrowingToEightBits, TakesAnyFiniteNumber) {

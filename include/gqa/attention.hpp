@@ -197,14 +197,14 @@ template <class A, class L, class Source, class Variant>
   return {};
 }
 
-/// All that is wrong with a call without a variant.
-template <class Queries, class Source, class Out>
-[[nodiscard]] fault find_plain_fault(const Queries& q, const Source& kv, const Out& out_or_state,
-                                     const attention_options& options) noexcept {
+/// All that is wrong with a call.
+template <class Queries, class Source, class Out, class Variant>
+[[nodiscard]] fault find_attention_fault(const Queries& q, const Source& kv, const Out& out_or_state,
+                                         const attention_options& options, const Variant& variant) {
   if (const auto f = find_call_fault(rows_of(q), kv, out_or_state, options)) return f;
   if (const auto f = find_turns_fault(q)) return f;
   using A = accumulator_t<typename Source::panel_element>;
-  return find_gone_fault(problem_of<A>(q, kv, out_or_state, options), kv, no_variant{});
+  return find_gone_fault(problem_of<A>(q, kv, out_or_state, options), kv, variant);
 }
 
 /// A checked call with queries and weights held in L.
@@ -307,11 +307,20 @@ void attention(Q&& q, K&& k, V&& v, Out&& out, const attention_options& options 
   attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
 }
 
-/// The checks of attention(), and nothing else: errc::ok if the call would run.
+/// The checks of attention(), and nothing else: errc::ok if the call would run. The other calls have one each, which
+/// takes what the call does but the context and the report, and stands beside it in its header.
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>
 [[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const attention_options& options = {}) noexcept {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  return detail::find_plain_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options).code;
+  const auto to = detail::as_output(std::forward<Out>(out));
+  return detail::find_attention_fault(queries, kv, to, options, detail::no_variant{}).code;
+}
+
+/// The same with a variant, which is asked about keys that are gone.
+template <detail::turnable Q, kv_source KV, detail::attention_output Out, attention_variant Variant>
+[[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const attention_options& options, const Variant& variant) {
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
+  return detail::find_attention_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options, variant).code;
 }
 
 template <detail::turnable Q, tensor_like K, tensor_like V, detail::attention_output Out>

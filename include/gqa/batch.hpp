@@ -22,6 +22,7 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/error.hpp>
@@ -46,7 +47,8 @@ struct batch_options {
   /// [total_q]: position of each row, where it is not that of its slot: in a tree of drafts its depth, for siblings
   /// have slots one after the other. Distances of causal edge, window and ALiBi are between these, a sequence's last
   /// q_len keys being at the positions of its rows, and keys before them at those of their slots; variants are still
-  /// told slots. Default: the positions of slots.
+  /// told slots. Default: the positions of slots. (llama.cpp masks by positions that its batch names; vLLM's Triton
+  /// kernel and FlashInfer by slots.)
   std::span<const index_t> positions = {};
 };
 
@@ -237,45 +239,83 @@ template <class Q, class KV, class Out>
   return find_memory_fault(q, kv, out_or_state, common);
 }
 
-template <class Queries, class KV, class Out, class Variant>
-void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
-                  const batch_options& options, const Variant& variant, context& ctx) {
-  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
-  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
-  attention_options common = options.common;
-  if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
-  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
-  if (const auto f = find_turns_fault(q)) return raise(f);
-  using place = draft_masks::place;
-  static_assert(sizeof(place) == context::detail_place_bytes);
-  std::span<place> places;
-  if (!options.masks.empty() || !options.positions.empty()) {
-    const std::size_t sequences = ragged.sequences.size();
-    auto* const memory =
-        reinterpret_cast<place*>(ctx.detail_batch((std::max)(sequences, std::size_t{1}) * sizeof(place)));
-    if (memory == nullptr) return;
-    places = {memory, sequences};
-    auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
-    p.ragged = ragged;
-    for (index_t n = 0; n < static_cast<index_t>(ragged.sequences.size()); ++n) {
-      const index_t length = p.length(kv, n);
-      places[static_cast<std::size_t>(n)] = {p.query_offset(n, length), length - p.q_len(n), length};
-    }
+/// A batch as a call of attention() with options that all sequences have in common, under a variant of its masks and
+/// positions: calls f(options, variant) with them. `places`: [sequences], where there are masks or positions.
+template <class Queries, class KV, class Out, class Variant, class F>
+void with_drafts(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
+                 const batch_options& options, attention_options common, const Variant& variant,
+                 std::span<draft_masks::place> places, const F& f) {
+  auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
+  p.ragged = ragged;
+  for (std::size_t n = 0; n < places.size(); ++n) {
+    const auto b = static_cast<index_t>(n);
+    const index_t length = p.length(kv, b);
+    places[n] = {p.query_offset(b, length), length - p.q_len(b), length};
   }
   const interval_rule rule(common.causal, common.window);
   const draft_masks masks(options.masks, places, ragged, rule);
   if (!options.positions.empty()) common.causal = false, common.window = {};  // the engine would go by slots
   if constexpr (std::is_same_v<Variant, no_variant>) {
-    attend_checked(q, kv, out, common, ragged, masks, ctx);
+    f(common, masks);
   } else {
-    attend_checked(q, kv, out, common, ragged, draft_variant<Variant>(masks, variant), ctx);
+    f(common, draft_variant<Variant>(masks, variant));
   }
 }
+[[nodiscard]] inline std::size_t places_of(const batch_options& options, const ragged_rows& ragged) noexcept {
+  return options.masks.empty() && options.positions.empty() ? 0 : ragged.sequences.size();
+}
+[[nodiscard]] inline attention_options common_of(const batch_options& options) noexcept {
+  attention_options common = options.common;
+  if (!options.query_offsets.empty()) common.query_offsets = options.query_offsets;
+  return common;
+}
 
-/// The door, for any rows and outputs.
-template <class Q, class KV, class Out, class Variant>
-void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
-                Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
+template <class Queries, class KV, class Out, class Variant>
+void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
+                  const batch_options& options, const Variant& variant, context& ctx) {
+  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
+  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
+  const attention_options common = common_of(options);
+  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
+  if (const auto f = find_turns_fault(q)) return raise(f);
+  using place = draft_masks::place;
+  static_assert(sizeof(place) == context::detail_place_bytes);
+  const std::size_t count = places_of(options, ragged);
+  place* memory = nullptr;
+  if (count > 0) {
+    memory = reinterpret_cast<place*>(ctx.detail_batch(count * sizeof(place)));
+    if (memory == nullptr) return;
+  }
+  with_drafts(q, ragged, kv, out, options, common, variant, {memory, count},
+              [&](const attention_options& of_all, const auto& drafts) {
+                attend_checked(q, kv, out, of_all, ragged, drafts, ctx);
+              });
+}
+
+/// All that is wrong with a batch.
+template <class Queries, class KV, class Out, class Variant>
+[[nodiscard]] fault find_whole_batch_fault(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
+                                           const batch_options& options, const Variant& variant) {
+  const attention_options common = common_of(options);
+  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return f;
+  if (const auto f = find_turns_fault(q)) return f;
+  reporting_vector<draft_masks::place> places;
+  if (!places.resize(places_of(options, ragged))) return make_room_fault("places of sequences");
+  fault found;
+  with_drafts(q, ragged, kv, out, options, common, variant, {places.data(), places.size()},
+              [&](const attention_options& of_all, const auto& drafts) {
+                auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, of_all);
+                p.ragged = ragged;
+                p.shape.batch = static_cast<index_t>(ragged.sequences.size());
+                found = find_gone_fault(p, kv, drafts);
+              });
+  return found;
+}
+
+/// Calls f(queries, rows of the batch, outputs), with any rows and outputs as the door has them.
+template <class Q, class Out, class F>
+auto with_batch(Q&& q, std::span<const index_t> q_offsets, std::span<const sequence_id> sequences, Out&& out,
+                const batch_options& options, const F& f) {
   const auto queries = as_turnable_rows(std::forward<Q>(q));
   const ragged_rows ragged{q_offsets, sequences, options.share_prefixes, options.positions};
   if constexpr (output_state<Out>) {
@@ -284,10 +324,28 @@ void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::sp
     const std::remove_cvref_t<Out> state{
         without_idle_strides(out.out),
         lse_view(lse.data(), {lse.extent(0), lse.extent(1), lse.extent(2)}, {0, lse.stride(1), lse.stride(2)})};
-    attend_batch(queries, ragged, kv, state, options, variant, ctx);
+    return f(queries, ragged, state);
   } else {
-    attend_batch(queries, ragged, kv, as_rows(std::forward<Out>(out)), options, variant, ctx);
+    return f(queries, ragged, as_rows(std::forward<Out>(out)));
   }
+}
+
+template <class Q, class KV, class Out, class Variant>
+void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
+                Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
+  with_batch(std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
+             [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
+               attend_batch(queries, ragged, kv, to, options, variant, ctx);
+             });
+}
+template <class Q, class KV, class Out, class Variant>
+[[nodiscard]] errc check_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv,
+                               std::span<const sequence_id> sequences, Out&& out, const batch_options& options,
+                               const Variant& variant) {
+  return with_batch(std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
+                    [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
+                      return find_whole_batch_fault(queries, ragged, kv, to, options, variant).code;
+                    });
 }
 
 }  // namespace GQA_ISA
@@ -315,6 +373,20 @@ template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out, attent
 void batch_attention(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                      Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
   detail::open_batch(std::forward<Q>(q), q_offsets, kv, sequences, std::forward<Out>(out), options, variant, ctx);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out, attention_variant Variant>
+[[nodiscard]] errc check(Q&& q, std::span<const index_t> q_offsets, const KV& kv,
+                         std::span<const sequence_id> sequences, Out&& out, const batch_options& options,
+                         const Variant& variant) {
+  return detail::check_batch(std::forward<Q>(q), q_offsets, kv, sequences, std::forward<Out>(out), options, variant);
+}
+template <detail::turnable_rows Q, kv_source KV, detail::rows_output Out>
+[[nodiscard]] errc check(Q&& q, std::span<const index_t> q_offsets, const KV& kv,
+                         std::span<const sequence_id> sequences, Out&& out, const batch_options& options) noexcept {
+  return detail::check_batch(std::forward<Q>(q), q_offsets, kv, sequences, std::forward<Out>(out), options,
+                             detail::no_variant{});
 }
 
 }  // namespace GQA_ISA

@@ -30,6 +30,7 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/head_by_head.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/turned.hpp>
 #include <gqa/detail/visibility.hpp>
@@ -68,7 +69,8 @@ inline namespace GQA_ISA {
 class block_sparse_mask {
  public:
   /// \throws error  errc::shape for extents below 0 (blocks below 1), or spans that do not fit them; errc::range for
-  ///                tiles that are negative, beyond kv_len, or do not ascend, and for masks that there are not
+  ///                tiles that are negative, beyond kv_len, or do not ascend, and for masks that there are not;
+  ///                errc::capacity, here and below, without memory: where that returns, the mask is of no queries
   block_sparse_mask(const block_sparse_shape& shape, const block_sparse_rows& rows) : shape_(shape) {
     if (const auto f = find_shape_fault(shape)) {
       forget(f);
@@ -78,42 +80,42 @@ class block_sparse_mask {
       forget(f);
       return;
     }
-    offsets_.assign(rows.offsets.begin(), rows.offsets.end());
-    tiles_.assign(rows.tiles.begin(), rows.tiles.end());
-    masks_.assign(rows.masks.begin(), rows.masks.end());
-    bits_.assign(rows.bits.begin(), rows.bits.end());
+    if (!take(rows)) forget(detail::make_room_fault("lists of a mask"));
   }
+  block_sparse_mask(const block_sparse_mask& other) : shape_(other.shape_) {
+    if (!take(other.rows())) forget(detail::make_room_fault("lists of a mask"));
+  }
+  block_sparse_mask(block_sparse_mask&& other) noexcept { swap(other); }
+  block_sparse_mask& operator=(block_sparse_mask other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~block_sparse_mask() = default;
 
   /// Whole tiles: choose(list, queries, tiles) leaves, ascending, those that the positions of a block see, of all that
   /// it is given.
   template <class Choose>
   [[nodiscard]] static block_sparse_mask from_lists(const block_sparse_shape& shape, const Choose& choose) {
-    block_sparse_mask mask(shape);
-    std::vector<index_t> tiles;
-    mask.for_each_row([&](index_t list, key_range queries) {
-      tiles.resize(static_cast<std::size_t>(mask.tiles_seen_by(queries)));
-      std::iota(tiles.begin(), tiles.end(), index_t{0});
-      choose(list, queries, tiles);
-      for (const index_t tile : tiles) mask.add_tile(tile, nullptr);
-    });
-    return mask;
+    return of_lists<std::vector<index_t>>(
+        shape, [&](index_t list, key_range queries, std::vector<index_t>& tiles) { choose(list, queries, tiles); });
   }
   /// Whole tiles: those of which sees(list, queries, tile) says so, for the positions of each block.
   template <class Sees>
   [[nodiscard]] static block_sparse_mask from_tiles(const block_sparse_shape& shape, const Sees& sees) {
-    return from_lists(shape, [&](index_t list, key_range queries, std::vector<index_t>& tiles) {
-      std::erase_if(tiles, [&](index_t tile) { return !sees(list, queries, tile); });
+    return detail_from_lists(shape, [&](index_t list, key_range queries, detail::reporting_vector<index_t>& tiles) {
+      tiles.cut(std::remove_if(tiles.begin(), tiles.end(), [&](index_t tile) { return !sees(list, queries, tile); }));
     });
   }
   /// Any pattern: the pairs of which sees(list, query, key) says so, in tiles with bits where they are not whole.
   template <class Sees>
   [[nodiscard]] static block_sparse_mask from_pairs(const block_sparse_shape& shape, const Sees& sees) {
     block_sparse_mask mask(shape);
-    std::vector<std::uint64_t> bits;
-    mask.for_each_row([&](index_t list, key_range queries) {
+    detail::reporting_vector<std::uint64_t> bits;
+    const bool done = mask.for_each_row([&](index_t list, key_range queries) {
       for (index_t tile = 0; tile < mask.tiles_seen_by(queries); ++tile) {
         const index_t first = tile * detail::tile_tokens, end = (std::min)(first + detail::tile_tokens, shape.kv_len);
-        bits.assign(static_cast<std::size_t>(shape.query_block), 0);
+        bits.clear();
+        if (!bits.resize(static_cast<std::size_t>(shape.query_block))) return false;
         bool any = false, all = true;
         for (index_t q = queries.begin; q < queries.end; ++q) {
           std::uint64_t& word =
@@ -126,9 +128,11 @@ class block_sparse_mask {
           any = any || (word & visible) != 0;
           all = all && (word & visible) == visible;
         }
-        if (any) mask.add_tile(tile, all ? nullptr : &bits);
+        if (any && !(all ? mask.add_tile(tile) : mask.add_tile(tile, bits))) return false;
       }
+      return true;
     });
+    if (!done) mask.forget(detail::make_room_fault("lists of a mask"));
     return mask;
   }
   /// Blocks of any size: of those [lists, ceil(q_len / query_block), ceil(kv_len / key_block)] that are true, all
@@ -163,8 +167,8 @@ class block_sparse_mask {
   [[nodiscard]] std::span<const std::int32_t> tiles(index_t batch, index_t list, index_t block) const noexcept {
     if (batch < 0 || list < 0 || block < 0 || block >= blocks() || !has_list(batch, list)) return {};
     const auto at = static_cast<std::size_t>(row_of(batch, list, block));
-    return std::span(tiles_).subspan(static_cast<std::size_t>(offsets_[at]),
-                                     static_cast<std::size_t>(offsets_[at + 1] - offsets_[at]));
+    return std::span<const std::int32_t>(tiles_).subspan(static_cast<std::size_t>(offsets_[at]),
+                                                         static_cast<std::size_t>(offsets_[at + 1] - offsets_[at]));
   }
   /// Tiles in all lists.
   [[nodiscard]] index_t listed_tiles() const noexcept { return static_cast<index_t>(tiles_.size()); }
@@ -183,6 +187,12 @@ class block_sparse_mask {
                                           block_at(p.query) * shape_.query_block)];
   }
   [[nodiscard]] index_t query_block() const noexcept { return shape_.query_block; }
+
+  /// Internal: from_lists() with a list that reports.
+  template <class Choose>
+  [[nodiscard]] static block_sparse_mask detail_from_lists(const block_sparse_shape& shape, const Choose& choose) {
+    return of_lists<detail::reporting_vector<index_t>>(shape, choose);
+  }
 
   /// Whether some query heads have the same lists.
   [[nodiscard]] bool has_one_list(key_range q_heads) const noexcept {
@@ -216,16 +226,40 @@ class block_sparse_mask {
       forget(f);
       return;
     }
-    offsets_.push_back(0);
+    if (!offsets_.resize(1)) forget(detail::make_room_fault("lists of a mask"));
+  }
+  template <class Tiles, class Choose>
+  [[nodiscard]] static block_sparse_mask of_lists(const block_sparse_shape& shape, const Choose& choose) {
+    block_sparse_mask mask(shape);
+    Tiles tiles;
+    const bool done = mask.for_each_row([&](index_t list, key_range queries) {
+      if (!detail::make_zeros(tiles, static_cast<std::size_t>(mask.tiles_seen_by(queries)), "lists of a mask"))
+        return false;
+      std::iota(tiles.begin(), tiles.end(), index_t{0});
+      choose(list, queries, tiles);
+      return std::all_of(tiles.begin(), tiles.end(), [&](index_t tile) { return mask.add_tile(tile); });
+    });
+    if (!done) mask.forget(detail::make_room_fault("lists of a mask"));
+    return mask;
+  }
+  void swap(block_sparse_mask& other) noexcept {
+    std::swap(shape_, other.shape_);
+    offsets_.swap(other.offsets_), tiles_.swap(other.tiles_), masks_.swap(other.masks_), bits_.swap(other.bits_);
   }
   [[nodiscard]] static detail::fault find_shape_fault(const block_sparse_shape& shape) noexcept;
   [[nodiscard]] detail::fault find_rows_fault(const block_sparse_rows& rows) const noexcept;
   /// Says what is wrong; what is left, where errors are no exceptions, is a mask of no queries.
   void forget(const detail::fault& f) {
     shape_ = {};
-    offsets_.assign(1, 0);
+    offsets_.clear(), tiles_.clear(), masks_.clear(), bits_.clear();
     detail::raise(f);
   }
+  [[nodiscard]] bool take(const block_sparse_rows& rows) noexcept {
+    const auto copy = [](auto& to, const auto& from) { return to.assign(from.data(), from.data() + from.size()); };
+    return copy(offsets_, rows.offsets) && copy(tiles_, rows.tiles) && copy(masks_, rows.masks) &&
+           copy(bits_, rows.bits);
+  }
+  [[nodiscard]] block_sparse_rows rows() const noexcept { return {offsets_, tiles_, masks_, bits_}; }
 
   [[nodiscard]] index_t block_at(index_t position) const noexcept {
     return detail::floor_div(position, shape_.query_block);
@@ -252,31 +286,38 @@ class block_sparse_mask {
     return detail::ceil_div(keys, detail::tile_tokens);
   }
 
-  /// Calls add(list, positions of the queries) for each row, which adds its tiles.
+  /// Calls add(list, positions of the queries) for each row, which adds its tiles; false as soon as one says so, for
+  /// there is no memory.
   template <class Add>
-  void for_each_row(const Add& add) {
+  [[nodiscard]] bool for_each_row(const Add& add) {
     const index_t rows = shape_.batch * shape_.lists * blocks(), offset = shape_.offset();
     for (index_t row = 0; row < rows; ++row) {
       const index_t begin = (first_block() + row % blocks()) * shape_.query_block;
-      add(row / blocks() % shape_.lists,
-          key_range{(std::max)(begin, offset), (std::min)(begin + shape_.query_block, offset + shape_.q_len)});
-      offsets_.push_back(static_cast<index_t>(tiles_.size()));
+      const key_range queries{(std::max)(begin, offset), (std::min)(begin + shape_.query_block, offset + shape_.q_len)};
+      if (!add(row / blocks() % shape_.lists, queries) || !offsets_.push_back(static_cast<index_t>(tiles_.size())))
+        return false;
     }
-    if (!bits_.empty()) masks_.resize(tiles_.size(), -1);
+    return bits_.empty() || hide_nothing_before(tiles_.size());
   }
-  void add_tile(index_t tile, const std::vector<std::uint64_t>* bits) {
-    tiles_.push_back(static_cast<std::int32_t>(tile));
-    if (bits == nullptr) return;
-    masks_.resize(tiles_.size(), -1);
-    masks_.back() = static_cast<std::int32_t>(bits_.size() / bits->size());
-    bits_.insert(bits_.end(), bits->begin(), bits->end());
+  [[nodiscard]] bool add_tile(index_t tile) noexcept { return tiles_.push_back(static_cast<std::int32_t>(tile)); }
+  [[nodiscard]] bool add_tile(index_t tile, std::span<const std::uint64_t> bits) noexcept {
+    const auto mask = static_cast<std::int32_t>(bits_.size() / bits.size());
+    return hide_nothing_before(tiles_.size()) && add_tile(tile) && masks_.push_back(mask) &&
+           bits_.append(bits.data(), bits.data() + bits.size());
+  }
+  /// Tiles up to there that have no masks yet are whole.
+  [[nodiscard]] bool hide_nothing_before(std::size_t tile) noexcept {
+    while (masks_.size() < tile) {
+      if (!masks_.push_back(-1)) return false;
+    }
+    return true;
   }
 
   block_sparse_shape shape_;
-  std::vector<index_t> offsets_;     // [rows + 1]
-  std::vector<std::int32_t> tiles_;  // ascending in a row
-  std::vector<std::int32_t> masks_;  // of tiles, -1: whole; empty: all are
-  std::vector<std::uint64_t> bits_;  // [masks][query_block]
+  detail::reporting_vector<index_t> offsets_;     // [rows + 1]
+  detail::reporting_vector<std::int32_t> tiles_;  // ascending in a row
+  detail::reporting_vector<std::int32_t> masks_;  // of tiles, -1: whole; empty: all are
+  detail::reporting_vector<std::uint64_t> bits_;  // [masks][query_block]
 };
 
 inline visibility block_sparse_mask::visible(const key_block& b) const noexcept {
@@ -381,6 +422,14 @@ void block_sparse_attention(Q&& q, const KV& kv, Out&& out, const block_sparse_m
                             const attention_options& options, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
   detail::attend_by_lists(queries, kv, detail::as_output(std::forward<Out>(out)), mask, options, ctx);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <detail::turnable Q, kv_source KV, detail::attention_output Out>
+[[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const block_sparse_mask& mask,
+                         const attention_options& options) noexcept {
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
+  return detail::find_lists_fault(queries, kv, detail::as_output(std::forward<Out>(out)), mask, options).code;
 }
 
 }  // namespace GQA_ISA

@@ -126,7 +126,8 @@ struct big_bird_options {
     return queries.begin < options.global || tile * detail::tile_tokens < options.global ||
            detail::is_near(queries, options.window, options.window, tile);
   };
-  return block_sparse_mask::from_lists(shape, [&](index_t list, key_range queries, std::vector<index_t>& tiles) {
+  using chosen = detail::reporting_vector<index_t>;
+  return block_sparse_mask::detail_from_lists(shape, [&](index_t list, key_range queries, chosen& tiles) {
     const auto others =
         std::partition(tiles.begin(), tiles.end(), [&](index_t tile) { return is_structural(queries, tile); });
     const std::uint64_t of_list = detail::random_bits(options.seed, static_cast<std::uint64_t>(list));
@@ -134,9 +135,9 @@ struct big_bird_options {
     const auto hash_of = [of_block = detail::random_bits(of_list, block)](index_t tile) {
       return std::pair(detail::random_bits(of_block, static_cast<std::uint64_t>(tile)), tile);
     };
-    const auto chosen = others + std::min<std::ptrdiff_t>(options.random_tiles, tiles.end() - others);
-    std::partial_sort(others, chosen, tiles.end(), [&](index_t x, index_t y) { return hash_of(x) < hash_of(y); });
-    tiles.erase(chosen, tiles.end());
+    const auto end = others + std::min<std::ptrdiff_t>(options.random_tiles, tiles.end() - others);
+    std::partial_sort(others, end, tiles.end(), [&](index_t x, index_t y) { return hash_of(x) < hash_of(y); });
+    tiles.cut(end);
     std::sort(tiles.begin(), tiles.end());
   });
 }

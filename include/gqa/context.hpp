@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstring>
@@ -77,8 +78,14 @@ class context {
 
   /// Runs on the caller's pool, kept by reference, and the calling thread: NumThreads() workers in all. A call made
   /// from one of the pool's own workers does not deadlock.
-  explicit context(Eigen::ThreadPoolInterface& pool) : pool_(std::make_unique<detail::pool_executor>(pool)) {
-    bind(*pool_);
+  /// \throws error errc::capacity; where that returns, everything runs on the calling thread
+  explicit context(Eigen::ThreadPoolInterface& pool) : pool_(new (std::nothrow) detail::pool_executor(pool)) {
+    if (pool_ != nullptr && pool_->is_ready()) {
+      bind(*pool_);
+      return;
+    }
+    pool_.reset();
+    detail::raise(detail::make_fault(errc::capacity, "context: expected memory for the state of a pool, got none"));
   }
 
   /// Runs on any executor, kept by reference.
@@ -89,6 +96,7 @@ class context {
 
   context(const context&) = delete;
   context& operator=(const context&) = delete;
+  ~context() { forget_workers(); }
 
   /// Makes room for calls of up to `sequences` that need up to `bytes` of scratch, so that they allocate nothing. How
   /// many a call needs scratch_bytes() says after it; gqa::reserve() (attention.hpp) makes room by a call's shape.
@@ -112,12 +120,21 @@ class context {
   }
 
   /// Calls f(task, worker) for every task in [0, tasks), in any order. An exception of a task reaches the caller after
-  /// all others have run.
+  /// all others have run; without exceptions take_last_error() tells the caller of a task's error.
   template <class F>
   void for_each(index_t tasks, const F& f) {
     if (executor_ == nullptr || tasks <= 1) return for_each_serially(tasks, f);
 #ifdef GQA_NO_EXCEPTIONS
-    run_(executor_, tasks, detail::task_ref::to(f));
+    // Errors are noted by thread: one of a task becomes the caller's.
+    std::atomic<errc> found{errc::ok};
+    const auto watched = [&](index_t task, index_t worker) {
+      const errc before = std::exchange(detail::last_error_of_thread(), errc::ok);
+      f(task, worker);
+      const errc own = std::exchange(detail::last_error_of_thread(), before);
+      if (own != errc::ok) found = own;
+    };
+    run_(executor_, tasks, detail::task_ref::to(watched));
+    if (found != errc::ok) detail::last_error_of_thread() = found;
 #else
     std::exception_ptr first;
     std::mutex first_mutex;
@@ -146,13 +163,28 @@ class context {
     return scratch_.at_least(bytes, "scratch");
   }
 
-  /// Internal: a serial context for each worker, for calls made within tasks; their memory stays, too. Not from tasks
-  /// of this context; a task may ask the one that it got here.
+  /// Internal: a serial context for each worker, for calls made within tasks; their memory stays, too. Null like
+  /// detail_scratch(). Not from tasks of this context; a task may ask the one that it got here.
   [[nodiscard]] context* detail_workers() {
     const index_t count = concurrency();
-    if (count > worker_count_) workers_ = std::make_unique<context[]>(static_cast<std::size_t>(count));
-    worker_count_ = (std::max)(worker_count_, count);
-    return workers_.get();
+    if (count <= worker_count_) return workers_;
+    // Not new context[]: of arrays even the form that does not throw may ask the one that does.
+    void* const memory =
+        ::operator new(static_cast<std::size_t>(count) * sizeof(context), worker_alignment, std::nothrow);
+    if (memory == nullptr) {
+      detail::raise(detail::make_fault(errc::capacity, "context: expected memory for %lld workers, got none",
+                                       static_cast<long long>(count)));
+      return nullptr;
+    }
+    forget_workers();
+    workers_ = static_cast<context*>(memory), worker_count_ = count;
+    for (index_t worker = 0; worker < count; ++worker) ::new (static_cast<void*>(workers_ + worker)) context;
+    return workers_;
+  }
+  /// Internal: scratch, as detail_scratch(), that calls of this context leave alone.
+  [[nodiscard]] std::byte* detail_scratch_aside(std::size_t bytes) {
+    context* const workers = detail_workers();
+    return workers == nullptr ? nullptr : workers[0].detail_scratch(bytes);
   }
 
   /// Internal: memory for a plan of so many sequences, zeros at first, then what the last call left there.
@@ -192,7 +224,13 @@ class context {
   static constexpr std::size_t detail_plan_bytes = 256, detail_sequence_bytes = 160;
 
  private:
+  static constexpr std::align_val_t worker_alignment{64};
   static constexpr index_t most_sequences = index_t{1} << 40;  // so that no product of sizes overflows
+
+  void forget_workers() noexcept {
+    std::destroy_n(workers_, worker_count_);
+    ::operator delete(static_cast<void*>(workers_), worker_alignment);
+  }
 
   template <class E>
   void bind(E& e) noexcept {
@@ -206,7 +244,7 @@ class context {
   index_t (*concurrency_)(void*) = nullptr;
   void (*run_)(void*, index_t, const detail::task_ref&) = nullptr;
   detail::growing_memory scratch_, plan_, families_, batch_;
-  std::unique_ptr<context[]> workers_;
+  context* workers_ = nullptr;  // [worker_count_]
   index_t worker_count_ = 0;
   bool is_dry_ = false;
 };

@@ -16,16 +16,17 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/pair_scores.hpp>
+#include <gqa/detail/problem.hpp>
+#include <gqa/detail/state_memory.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
-#include <gqa/reference.hpp>
 #include <gqa/state.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
@@ -138,23 +139,21 @@ void attention_map(tensor_view<const Q, 4> q, tensor_view<const K, 4> k, tensor_
     return {};
   };
   if (const auto fault = find_fault()) return detail::raise(fault);
-  constexpr detail::no_variant none;
   const index_t b = range.batch, h = range.q_head;
-  const index_t keys = reference::impl::keys_of(options, b, k.extent(1));
-  const index_t offset = reference::impl::first_position(options, b, keys, q.extent(1));
-  const index_t g = reference::impl::kv_head_of(options, h, q.extent(2), k.extent(2));
-  const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.extent(3))));
+  const index_t keys = options.kv_lengths.empty() ? k.extent(1) : options.kv_lengths[static_cast<std::size_t>(b)];
+  const index_t offset = detail::first_position(options, b, keys, q.extent(1));
+  const index_t g = detail::kv_head_of(h, q.extent(2), k.extent(2), options.group_offsets);
+  const detail::pair_scores scores(options, options.scale.value_or(1 / std::sqrt(static_cast<double>(q.extent(3)))));
   for (index_t s = range.queries.begin; s < range.queries.end; ++s) {
+    const detail::row_index row{b, s, h, offset + s, keys};
     for (index_t t = range.keys.begin; t < range.keys.end; ++t) {
-      const position p{b, h, offset + s, t};
       float& weight = weights(s - range.queries.begin, t - range.keys.begin);
       weight = 0;
-      if (t >= keys || !reference::impl::sees(options, none, p, s)) continue;
+      if (!scores.sees(row, t)) continue;
       double product = 0;
       for (index_t d = 0; d < q.extent(3); ++d)
         product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(k(b, t, g, d));
-      const double score = reference::impl::score<double>(options, none, product, scale, p, s);
-      weight = static_cast<float>(std::exp(score - static_cast<double>(lse(b, s, h))));
+      weight = static_cast<float>(std::exp(scores.score(product, row, t) - static_cast<double>(lse(b, s, h))));
     }
   }
 }
@@ -177,12 +176,10 @@ void attention_entropy(Q&& q_in, K&& k_in, const attention_options& options, ten
   const auto source = kv_view(k, k);
   if (const auto f = detail::find_rows_result_fault("entropy", entropy, q, source, options)) return detail::raise(f);
   const index_t batch = q.extent(0), q_len = q.extent(1), heads = q.extent(2), dim = q.extent(3);
-  std::vector<A> means(static_cast<std::size_t>(std::max<index_t>(q.size(), 0)));
-  std::vector<A> lse(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads, 0)));
-  const partial_state<A> state{tensor_view<A, 4>(means.data(), {batch, q_len, heads, dim}),
-                               tensor_view<A, 3>(lse.data(), {batch, q_len, heads})};
+  detail::state_memory<A> state;  // of the mean keys
+  if (!state.make(q, dim)) return;
   const detail::error_watch watch;
-  attention(q, source, state, options, ctx);
+  attention(q, source, *state, options, ctx);
   if (watch.failed()) return;
   const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
   for (index_t b = 0; b < batch; ++b) {
@@ -190,8 +187,8 @@ void attention_entropy(Q&& q_in, K&& k_in, const attention_options& options, ten
       for (index_t h = 0; h < heads; ++h) {
         double product = 0;
         for (index_t d = 0; d < dim; ++d)
-          product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(state.out(b, s, h, d));
-        const auto total = static_cast<double>(state.lse(b, s, h));
+          product += static_cast<double>(q(b, s, h, d)) * static_cast<double>(state->out(b, s, h, d));
+        const auto total = static_cast<double>(state->lse(b, s, h));
         entropy(b, s, h) = static_cast<E>(std::isinf(total) && total < 0 ? 0 : total - scale * product);
       }
     }
@@ -217,19 +214,17 @@ void attention_mass(Q&& q_in, const KV& kv, const Shown& shown, tensor_view<cons
   if (const auto f = detail::find_overlap_fault(detail::describe("mass", mass), detail::describe("lse", lse)))
     return detail::raise(f);
   const index_t batch = q.extent(0), q_len = q.extent(1), heads = q.extent(2);
-  std::vector<A> out(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads * kv.value_dim(), 0)));
-  std::vector<A> part(static_cast<std::size_t>(std::max<index_t>(batch * q_len * heads, 0)));
-  const partial_state<A> state{tensor_view<A, 4>(out.data(), {batch, q_len, heads, kv.value_dim()}),
-                               tensor_view<A, 3>(part.data(), {batch, q_len, heads})};
+  detail::state_memory<A> state;
+  if (!state.make(q, kv.value_dim())) return;
   attention_options without_sinks = options;
   without_sinks.sinks = {};
   const detail::error_watch watch;
-  attention(q, kv, state, without_sinks, shown, ctx);
+  attention(q, kv, *state, without_sinks, shown, ctx);
   if (watch.failed()) return;
   for (index_t b = 0; b < batch; ++b) {
     for (index_t s = 0; s < q_len; ++s) {
       for (index_t h = 0; h < heads; ++h) {
-        const auto of_part = static_cast<double>(state.lse(b, s, h));
+        const auto of_part = static_cast<double>(state->lse(b, s, h));
         const bool nothing = std::isinf(of_part) && of_part < 0;
         mass(b, s, h) = static_cast<M>(nothing ? 0 : std::exp(of_part - static_cast<double>(lse(b, s, h))));
       }

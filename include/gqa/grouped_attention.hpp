@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <functional>
 #include <type_traits>
 #include <utility>
@@ -28,8 +29,8 @@
 namespace gqa {
 namespace detail {
 
-[[nodiscard]] inline fault find_grouped_fault(const grouped_options& o) noexcept {
-  if (const auto f = find_groupwise_fault(o.attention, o.groupwise)) return f;
+[[nodiscard]] inline fault find_grouped_options_fault(const grouped_options& o) noexcept {
+  if (const auto f = find_groupwise_options_fault(o.attention, o.groupwise)) return f;
   if (o.groupwise.without.size() > 0)
     return make_fault(errc::option,
                       "options.groupwise.without: expected no keys, for blocks leave out their near ones");
@@ -65,20 +66,27 @@ template <class KV>
   return {};
 }
 
+/// All that is wrong with a call.
 template <class Q, class KV, class Out>
-void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out, const grouped_options& options,
-                    context& ctx, grouped_report* report) {
-  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
-  if (const auto f = find_call_fault(q, kv, out, options.attention)) return raise(f);
-  if (const auto f = find_grouped_fault(options)) return raise(f);
+[[nodiscard]] fault find_grouped_fault(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out,
+                                       const grouped_options& options) noexcept {
+  if (const auto f = find_call_fault(q, kv, out, options.attention)) return f;
+  if (const auto f = find_grouped_options_fault(options)) return f;
   if (options.pool_batch) {
-    if (const auto f = find_pooling_fault(kv, options.attention)) return raise(f);
+    if (const auto f = find_pooling_fault(kv, options.attention)) return f;
   }
   const auto is_far_off = [&](index_t offset) { return offset > position_limit - q.extent(1); };
   if ((options.attention.query_offset && is_far_off(*options.attention.query_offset)) ||
       std::any_of(options.attention.query_offsets.begin(), options.attention.query_offsets.end(), is_far_off))
-    return raise(
-        make_fault(errc::range, "options.attention.query_offset: expected positions below 2^60 for all queries"));
+    return make_fault(errc::range, "options.attention.query_offset: expected positions below 2^60 for all queries");
+  return {};
+}
+
+template <class Q, class KV, class Out>
+void attend_grouped(const tensor_view<const Q, 4>& q, const KV& kv, const Out& out, const grouped_options& options,
+                    context& ctx, grouped_report* report) {
+  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
+  if (const auto f = find_grouped_fault(q, kv, out, options)) return raise(f);
   if (report != nullptr) report->blocks.clear();
   if (output_view(out).size() == 0) return;
   const auto& elements = as_elements(kv);
@@ -112,6 +120,20 @@ void grouped_attention(Q&& q, K&& k, V&& v, Out&& out, const grouped_options& op
                        grouped_report* report = nullptr) {
   grouped_attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out),
                     options, ctx, report);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run. (Options by their name: {} are attention()'s.)
+template <tensor_like Q, kv_source KV, detail::attention_output Out, std::same_as<grouped_options> Options>
+[[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const Options& options) noexcept {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  return detail::find_grouped_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options).code;
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out,
+          std::same_as<grouped_options> Options>
+[[nodiscard]] errc check(Q&& q, K&& k, V&& v, Out&& out, const Options& options) noexcept {
+  return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), std::forward<Out>(out), options);
 }
 
 }  // namespace GQA_ISA

@@ -8,11 +8,11 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -24,6 +24,7 @@
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/group_attender.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/error.hpp>
 #include <gqa/groupwise_options.hpp>
 #include <gqa/kv_cache.hpp>
@@ -42,7 +43,8 @@ namespace detail {
     return make_fault(errc::option, "attention options: expected no mask, bias or window, which differ within a group");
   return {};
 }
-[[nodiscard]] inline fault find_groupwise_fault(const attention_options& scores, const groupwise_options& o) noexcept {
+[[nodiscard]] inline fault find_groupwise_options_fault(const attention_options& scores,
+                                                        const groupwise_options& o) noexcept {
   if (const auto f = find_shared_scores_fault(scores)) return f;
   if (scores.softcap != 0 && !scores.alibi_slopes.empty())
     return make_fault(errc::option, "softcap: expected 0 beside alibi_slopes, got %g", scores.softcap);
@@ -60,20 +62,24 @@ namespace detail {
 }
 
 /// Groups [B * pools] fit the pooled rows: q_len times the pool's heads each, of head_dim elements.
-template <class A>
+template <class A, class Pools>
 [[nodiscard]] fault find_groups_of_rows_fault(std::span<const query_groups<A>> groups, const call_shape& shape,
-                                              std::span<const head_pool> pools) {
-  const std::size_t sets = static_cast<std::size_t>(shape.batch) * pools.size();
+                                              const Pools& pools) noexcept {
+  const std::size_t sets = static_cast<std::size_t>(shape.batch * pools.size());
   if (groups.size() != sets)
     return make_fault(errc::shape, "groups: expected %zu sets (one a sequence and KV head; with ALiBi head), got %zu",
                       sets, groups.size());
+  index_t most_rows = 0;
+  for (index_t n = 0; n < pools.size(); ++n) most_rows = (std::max)(most_rows, shape.q_len * pools[n].heads.size());
+  reporting_vector<std::uint64_t> seen;
+  if (!seen.resize(static_cast<std::size_t>(ceil_div(most_rows, 64)))) return make_room_fault("rows of groups");
   for (std::size_t i = 0; i < groups.size(); ++i) {
     const query_groups<A>& set = groups[i];
-    const index_t rows = shape.q_len * pools[i % pools.size()].heads.size();
+    const index_t rows = shape.q_len * pools[static_cast<index_t>(i) % pools.size()].heads.size();
     if (set.rows() != rows || (rows > 0 && set.dim != shape.head_dim))
       return make_fault(errc::shape, "groups[%zu]: expected %lld rows of %lld elements, got %lld of %lld", i,
                         printable(rows), printable(shape.head_dim), printable(set.rows()), printable(set.dim));
-    if (rows > 0 && !is_partition(set))
+    if (rows > 0 && !is_partition(groups_view<A>::of(set), std::span(seen.data(), seen.size())))
       return make_fault(errc::range, "groups[%zu]: expected order and offsets of a partition, members ascending", i);
   }
   return {};
@@ -81,41 +87,51 @@ template <class A>
 
 inline namespace GQA_ISA {
 
+/// All that is wrong with a call.
+template <class Q, class KV, class T, class A>
+[[nodiscard]] fault find_groupwise_fault(const tensor_view<const Q, 4>& q, const KV& kv,
+                                         std::span<const query_groups<A>> groups, const partial_state<T>& out,
+                                         const attention_options& scores, const groupwise_options& options) noexcept {
+  if (const auto f = find_call_fault(q, kv, out, scores)) return f;
+  if (const auto f = find_groupwise_options_fault(scores, options)) return f;
+  if (scores.causal || !scores.sinks.empty())
+    return make_fault(errc::option,
+                      "options: expected no causal edge and no sinks, which a part of the keys cannot have");
+  const auto p = problem_of<A>(q, kv, out, scores);
+  return find_groups_of_rows_fault<A>(groups, p.shape, head_pools(p));
+}
+
 template <class Q, class KV, class T, class A>
 void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<const query_groups<A>> groups,
                       const partial_state<T>& out, const attention_options& scores, const groupwise_options& options,
                       context& ctx) {
   using P = typename KV::panel_element;
+  if (const auto f = find_groupwise_fault(q, kv, groups, out, scores, options)) return raise(f);
   const auto p = problem_of<A>(q, kv, out, scores);
   const call_shape& shape = p.shape;
-  if (const auto f = find_call_fault(q, kv, out, scores)) return raise(f);
-  if (const auto f = find_groupwise_fault(scores, options)) return raise(f);
-  if (scores.causal || !scores.sinks.empty())
-    return raise(make_fault(errc::option,
-                            "options: expected no causal edge and no sinks, which a part of the keys cannot have"));
-  const std::vector<head_pool> pools = head_pools_of(p);
-  const auto pool_count = static_cast<index_t>(pools.size());
-  if (const auto f = find_groups_of_rows_fault<A>(groups, shape, pools)) return raise(f);
+  const head_pools pools(p);
+  const index_t pool_count = pools.size();
   const bool means = options.form == groupwise_form::improved_lse, has_alibi = !scores.alibi_slopes.empty();
   const index_t far_dim = shape.value_dim + (means ? shape.head_dim : 0), stride = round_up(shape.head_dim, 16);
   context* const contexts = ctx.detail_workers();
+  if (contexts == nullptr) return;
   ctx.for_each(shape.batch * pool_count, [&](index_t task, index_t worker) {
     const error_watch watch;
     const index_t b = task / pool_count;
-    const auto [g, heads] = pools[static_cast<std::size_t>(task % pool_count)];
+    const auto [g, heads] = pools[task % pool_count];
     const row_block rows{{b, b + 1}, {0, shape.q_len}, heads};
     const index_t n = rows.size(), keys = p.length(kv, b);
     if (n == 0) return;
-    const query_groups<A>& own_groups = groups[static_cast<std::size_t>(task)];
+    const auto own_groups = groups_view<A>::of(groups[static_cast<std::size_t>(task)]);
     const part_of_source<KV> own(kv, b, g, 1, keys);
     kv_cache<P> far(1, 1, keys, shape.head_dim, far_dim);
     kv_cache<A> top(1, 1, (std::min)(options.top_keys, keys), shape.head_dim, shape.value_dim);
-    if (watch.failed()) return;
-    pack_head(own, means, 0, far);
+    if (watch.failed() || !pack_head(own, means, 0, far)) return;
 
     const key_range without{options.without.begin, (std::min)(options.without.end, keys)};
     const typename group_attender<A>::shape dims{shape.head_dim, shape.value_dim, far_dim, keys, keys - without.size()};
-    context& calls = contexts[worker].detail_workers()[0];
+    context* const calls = contexts[worker].detail_workers();
+    if (calls == nullptr) return;
     A *queries, *results, *lse;
     float* key_terms;
     const auto carve = [&](std::byte* memory) {
@@ -130,13 +146,13 @@ void attend_groupwise(const tensor_view<const Q, 4>& q, const KV& kv, std::span<
     const point_rows<A> x = pool_queries(p.q, shape.head_dim, rows, queries);
     const typename group_attender<A>::sharing any_radius;
     std::byte* const memory =
-        calls.detail_workers()[0].detail_scratch(group_attender<A>::bytes(x, own_groups, dims, options, any_radius));
+        calls->detail_scratch_aside(group_attender<A>::bytes(x, own_groups, dims, options, any_radius));
     if (memory == nullptr) return;
     group_attender<A> attender(x, own_groups, dims, options, any_radius, memory);
     const part_of_source<kv_cache<P>> far_head(far, 0, 0, 1, keys);
     alibi_terms terms;
     if (has_alibi) terms = {scores.alibi_slopes[static_cast<std::size_t>(heads.begin)], keys - 1, keys, key_terms};
-    attender.run(far_head, own, key_interval(without, false), scores, terms, top, results, lse, calls);
+    attender.run(far_head, own, key_interval(without, false), scores, terms, top, results, lse, *calls);
     if (watch.failed()) return;
     for (index_t i = 0; i < n; ++i) {
       const auto [at_b, s, h] = rows.at(i);
@@ -177,6 +193,21 @@ void groupwise_attention(Q&& q, K&& k, V&& v, std::span<const query_groups<A>> g
                          const attention_options& scores, const groupwise_options& options, context& ctx) {
   groupwise_attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), groups, out, scores, options,
                       ctx);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <tensor_like Q, kv_source KV, class T, class A>
+[[nodiscard]] errc check(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, const partial_state<T>& out,
+                         const attention_options& scores, const groupwise_options& options) noexcept {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  return detail::find_groupwise_fault(queries, kv, groups, out, scores, options).code;
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, class T, class A>
+[[nodiscard]] errc check(Q&& q, K&& k, V&& v, std::span<const query_groups<A>> groups, const partial_state<T>& out,
+                         const attention_options& scores, const groupwise_options& options) noexcept {
+  return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), groups, out, scores, options);
 }
 
 }  // namespace GQA_ISA

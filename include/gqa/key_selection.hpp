@@ -17,6 +17,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 
@@ -38,7 +39,10 @@ template <class W>
     detail::raise(f);
     return {};
   }
-  std::vector<double> sums(static_cast<std::size_t>(weights.extent(1)));
+  const auto count = static_cast<std::size_t>(weights.extent(1));
+  detail::reporting_vector<double> sums;
+  std::vector<index_t> keys;
+  if (!detail::make_zeros(sums, count, "sums of keys") || !detail::make_zeros(keys, count, "keys")) return {};
   for (index_t r = 0; r < weights.extent(0); ++r) {
     for (index_t t = 0; t < weights.extent(1); ++t)
       sums[static_cast<std::size_t>(t)] += static_cast<double>(weights(r, t));
@@ -46,7 +50,6 @@ template <class W>
   for (double& sum : sums) {
     if (std::isnan(sum)) sum = -std::numeric_limits<double>::infinity();  // no order has a place for it
   }
-  std::vector<index_t> keys(sums.size());
   std::iota(keys.begin(), keys.end(), index_t{0});
   const auto end = keys.begin() + std::min<index_t>(k, weights.extent(1));
   std::partial_sort(keys.begin(), end, keys.end(), [&](index_t a, index_t b) {

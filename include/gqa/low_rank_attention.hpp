@@ -160,7 +160,7 @@ class latent_attender {
   }
 
   /// Scratch that attention() by this context does not use.
-  [[nodiscard]] std::byte* scratch(std::size_t bytes) { return ctx_.detail_workers()[0].detail_scratch(bytes); }
+  [[nodiscard]] std::byte* scratch(std::size_t bytes) { return ctx_.detail_scratch_aside(bytes); }
   template <class F>
   void for_each_head(const F& f) {
     ctx_.for_each(kv_.batch() * heads(), [&](index_t n, index_t) { f(n / heads(), n % heads()); });
@@ -265,6 +265,18 @@ void latent_attention(QNope&& q_nope, QRope&& q_rope, const latent_kv_cache<T>& 
                                   detail::as_view(std::forward<Out>(out)), options, ctx);
   if (const auto f = call.find_fault(options.form)) return detail::raise(f);
   call.run(options.form);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <tensor_like QNope, tensor_like QRope, class T, tensor_like Out>
+[[nodiscard]] errc check(QNope&& q_nope, QRope&& q_rope, const latent_kv_cache<T>& kv,
+                         const latent_projections& projections, Out&& out, const latent_options& options) noexcept {
+  context unused;
+  return detail::latent_attender<T>(detail::as_view(std::forward<QNope>(q_nope)),
+                                    detail::as_view(std::forward<QRope>(q_rope)), kv, projections,
+                                    detail::as_view(std::forward<Out>(out)), options, unused)
+      .find_fault(options.form)
+      .code;
 }
 
 }  // namespace GQA_ISA

@@ -39,6 +39,15 @@ concept keeps_key_bounds = requires(const S& kv) {
   kv.bounds(index_t{}, index_t{}, index_t{});
 };
 
+/// What finds why a source's bounds do not fit a call.
+template <class KV>
+[[nodiscard]] auto finds_no_bounds(const KV& kv) noexcept {
+  return [&kv]() noexcept -> fault {
+    if (kv.bound_tokens() != 0) return {};
+    return make_fault(errc::option, "kv: expected bounds of its keys (keep_key_bounds()), got none");
+  };
+}
+
 }  // namespace GQA_ISA
 }  // namespace detail
 
@@ -50,8 +59,7 @@ inline namespace GQA_ISA {
 ///                query may see must be there: a window, once some are gone.)
 /// \param out     [B, S, H, E], or a partial_state, whose lse is of what was read
 /// \param report  what became of each row, where it is wanted
-/// \throws error  as attention() does, and errc::option for a bias, for options out of range, or without bounds. Rounds
-///                ask for memory as they come: where it is lacking, outputs may be written in part
+/// \throws error  as attention() does, and errc::option for a bias, for options out of range, or without bounds
 /// Cost: bounds of all keys, 1/64 (or 1/16) of the bytes of those and their values, twice that of 8 bits; and the pages
 /// that were read.
 template <detail::turnable Q, kv_source KV, detail::attention_output Out>
@@ -59,12 +67,18 @@ requires detail::keeps_key_bounds<KV>
 void page_attention(Q&& q, const KV& kv, Out&& out, const page_options& options, context& ctx,
                     page_report* report = nullptr) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  const auto find_fault = [&]() -> detail::fault {
-    if (kv.bound_tokens() != 0) return {};
-    return detail::make_fault(errc::option, "kv: expected bounds of its keys (keep_key_bounds()), got none");
-  };
   detail::attend_pages<detail::box_bounds>(queries, kv, kv, detail::as_output(std::forward<Out>(out)), options, ctx,
-                                           report, find_fault);
+                                           report, detail::finds_no_bounds(kv));
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run. (Options by their name: {} are attention()'s.)
+template <detail::turnable Q, kv_source KV, detail::attention_output Out, std::same_as<page_options> Options>
+requires detail::keeps_key_bounds<KV>
+[[nodiscard]] errc check(Q&& q, const KV& kv, Out&& out, const Options& options) noexcept {
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
+  return detail::find_pages_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options,
+                                  detail::finds_no_bounds(kv))
+      .code;
 }
 
 }  // namespace GQA_ISA

@@ -17,7 +17,6 @@
 #include <memory_resource>
 #include <span>
 #include <utility>
-#include <vector>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
@@ -26,6 +25,7 @@
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/page_pool.hpp>
 #include <gqa/detail/q8.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/turned.hpp>
@@ -96,15 +96,18 @@ class paged_kv_cache {
                  index_t value_dim = -1, std::pmr::memory_resource* memory = nullptr);
 
   /// An empty sequence. Numbers of erased ones are given out again.
+  /// \throws error (errc::capacity); where that returns, -1 is no sequence
   [[nodiscard]] sequence_id create();
   /// A sequence of the same tokens, which share pages until one of the two writes. Room that the parent has, but has
-  /// not written yet, is shared, too: whoever writes it first needs a page. \throws error (errc::range) for a sequence
-  /// that there is not
+  /// not written yet, is shared, too: whoever writes it first needs a page.
+  /// \throws error (errc::range) for a sequence that there is not, (errc::capacity) without memory for a list of pages;
+  ///               where that returns, -1 is no sequence
   [[nodiscard]] sequence_id fork(sequence_id parent);
 
   /// Room for more tokens in all layers, all or nothing: what they hold is whatever write() gives them. A page that is
   /// shared and not full is copied.
-  /// \throws error (errc::range, errc::length), (errc::capacity) if pages are lacking: nothing has changed then
+  /// \throws error (errc::range, errc::length), (errc::capacity) if pages, or memory for their list, are lacking:
+  ///               nothing has changed then
   void extend(sequence_id id, index_t tokens);
   /// Keys [t, G, D], which may be turned() (rope_turns.hpp), and values [t, G, E], in T or float (of q8: half or
   /// bfloat16, too), rounded to nearest even, of positions from `position` on, which
@@ -137,7 +140,7 @@ class paged_kv_cache {
     if (const auto f = detail::find_narrowing_faults<T>(source, head_dim_, values)) return detail::raise(f);
     const index_t position = length(id);
     if (const auto f = find_extend_fault(id, values.extent(1))) return detail::raise(f);
-    grow(sequence(static_cast<index_t>(id)), values.extent(1));
+    if (!grow(sequence(static_cast<index_t>(id)), values.extent(1))) return;
     write_rows(0, sequence(static_cast<index_t>(id)), position, source, values);
   }
 
@@ -167,7 +170,8 @@ class paged_kv_cache {
   /// Its pages, in the order of its tokens; until it changes.
   [[nodiscard]] std::span<const std::int32_t> pages_of(sequence_id id) const noexcept {
     if (!has(id)) return {};
-    return sequence(static_cast<index_t>(id)).pages;
+    const auto& pages = sequence(static_cast<index_t>(id)).pages;
+    return {pages.data(), pages.size()};
   }
   [[nodiscard]] index_t free_pages() const noexcept { return pool_.free(); }
   [[nodiscard]] index_t pages() const noexcept { return pool_.pages(); }
@@ -181,7 +185,7 @@ class paged_kv_cache {
   friend class paged_layer<T>;
 
   struct paged_sequence {
-    std::vector<std::int32_t> pages;
+    detail::reporting_vector<std::int32_t> pages;
     index_t length = 0;
     bool is_there = false;
   };
@@ -196,7 +200,7 @@ class paged_kv_cache {
     for (const paged_sequence& s : sequences_) most = (std::max)(most, s.length);
     return most;
   }
-  /// The lowest number that is free.
+  /// The lowest number that is free; -1 after a capacity error, where that returns.
   [[nodiscard]] index_t find_slot();
 
   // Where things lie in a page.
@@ -249,8 +253,8 @@ class paged_kv_cache {
   template <class K, class V>
   [[nodiscard]] detail::fault find_write_fault(index_t layer, sequence_id id, index_t position,
                                                const tensor_view<K, 4>& k, const tensor_view<V, 4>& v) const noexcept;
-  /// extend(), once it has been found possible.
-  void grow(paged_sequence& s, index_t tokens);
+  /// extend(), once it has been found possible. False, and nothing done, after a capacity error.
+  [[nodiscard]] bool grow(paged_sequence& s, index_t tokens);
   /// Pages that a sequence of `length` tokens has.
   [[nodiscard]] index_t pages_for(index_t length) const noexcept { return detail::ceil_div(length, page_size_); }
   /// Shared pages that tokens [begin, end) of a sequence lie in.
@@ -265,7 +269,7 @@ class paged_kv_cache {
 
   index_t layers_ = 0, page_size_ = detail::panel_tokens, kv_heads_ = 0, head_dim_ = 1, value_dim_ = 1;
   detail::page_pool<T> pool_;
-  std::vector<paged_sequence> sequences_;
+  detail::reporting_vector<paged_sequence> sequences_;
 };
 
 template <class T>
@@ -307,14 +311,15 @@ index_t paged_kv_cache<T>::find_slot() {
   for (index_t n = 0; n < slots(); ++n) {
     if (!sequence(n).is_there) return n;
   }
-  sequences_.emplace_back();
+  if (!detail::make_room(sequences_, sequences_.size() + 1, "sequences")) return -1;
+  static_cast<void>(sequences_.push_back({}));
   return slots() - 1;
 }
 
 template <class T>
 sequence_id paged_kv_cache<T>::create() {
   const index_t n = find_slot();
-  sequence(n).is_there = true;
+  if (n >= 0) sequence(n).is_there = true;
   return static_cast<sequence_id>(n);
 }
 
@@ -325,8 +330,12 @@ sequence_id paged_kv_cache<T>::fork(sequence_id parent) {
     return sequence_id{-1};
   }
   // All that may fail comes first: without memory there is no new sequence, nor room for one.
-  std::vector<std::int32_t> pages = sequence(static_cast<index_t>(parent)).pages;
+  const auto& of_parent = sequence(static_cast<index_t>(parent)).pages;
+  detail::reporting_vector<std::int32_t> pages;
+  if (!detail::make_room(pages, of_parent.size(), "pages")) return sequence_id{-1};
+  static_cast<void>(pages.append(of_parent.begin(), of_parent.end()));
   const index_t n = find_slot();
+  if (n < 0) return sequence_id{-1};
   paged_sequence& to = sequence(n);
   to.pages = std::move(pages);
   to.length = sequence(static_cast<index_t>(parent)).length;
@@ -380,21 +389,21 @@ detail::fault paged_kv_cache<T>::own_pages(paged_sequence& s, index_t position, 
 template <class T>
 void paged_kv_cache<T>::extend(sequence_id id, index_t tokens) {
   if (const auto f = find_extend_fault(id, tokens)) return detail::raise(f);
-  grow(sequence(static_cast<index_t>(id)), tokens);
+  static_cast<void>(grow(sequence(static_cast<index_t>(id)), tokens));
 }
 
 template <class T>
-void paged_kv_cache<T>::grow(paged_sequence& s, index_t tokens) {
+bool paged_kv_cache<T>::grow(paged_sequence& s, index_t tokens) {
   const index_t before = s.length, after = before + tokens;
-  const auto wanted = static_cast<std::size_t>(pages_for(after));
-  if (wanted > s.pages.capacity()) s.pages.reserve((std::max)(wanted, 2 * s.pages.capacity()));  // all that may fail
+  if (!detail::make_room(s.pages, static_cast<std::size_t>(pages_for(after)), "pages")) return false;
   if (before % page_size_ != 0 && tokens > 0) {
     std::int32_t& last = s.pages.back();
     if (pool_.is_shared(last)) last = pool_.copy(last);
   }
-  while (static_cast<index_t>(s.pages.size()) < pages_for(after)) s.pages.push_back(pool_.take());
+  while (static_cast<index_t>(s.pages.size()) < pages_for(after)) static_cast<void>(s.pages.push_back(pool_.take()));
   s.length = after;
   clean(s, before, after);
+  return true;
 }
 
 template <class T>

@@ -12,6 +12,7 @@
 /// the bytes of keys and values where boxes take 1 / 64.
 #pragma once
 
+#include <cstddef>
 #include <utility>
 
 #include <gqa/attention.hpp>
@@ -25,6 +26,29 @@
 #include <gqa/projected_keys.hpp>
 
 namespace gqa {
+namespace detail {
+inline namespace GQA_ISA {
+
+/// What finds why projected keys do not fit a call.
+template <class KV, class S>
+[[nodiscard]] auto finds_other_keys(const KV& kv, const projected_keys<S>& few,
+                                    const attention_options& options) noexcept {
+  return [&]() noexcept -> fault {
+    if (const auto f = few.find_source_fault(kv, kv.batch())) return f;
+    for (index_t b = 0; b < kv.batch(); ++b) {
+      const auto& lengths = options.kv_lengths;
+      const index_t length = lengths.empty() ? kv.length(b) : lengths[static_cast<std::size_t>(b)];
+      if (few.length(b) < length)
+        return make_fault(errc::length, "few: expected %lld tokens in sequence %lld (update()), got %lld",
+                          printable(length), printable(b), printable(few.length(b)));
+    }
+    return {};
+  };
+}
+
+}  // namespace GQA_ISA
+}  // namespace detail
+
 inline namespace GQA_ISA {
 
 /// Attention of q over the pages of 16 keys that matter.
@@ -40,19 +64,18 @@ template <detail::turnable Q, kv_source KV, class S, detail::attention_output Ou
 void projected_attention(Q&& q, const KV& kv, const projected_keys<S>& few, Out&& out, const page_options& options,
                          context& ctx, page_report* report = nullptr) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
-  const auto find_fault = [&]() -> detail::fault {
-    if (const auto f = few.find_source_fault(kv, kv.batch())) return f;
-    for (index_t b = 0; b < kv.batch(); ++b) {
-      const auto& lengths = options.attention.kv_lengths;
-      const index_t length = lengths.empty() ? kv.length(b) : lengths[static_cast<std::size_t>(b)];
-      if (few.length(b) < length)
-        return detail::make_fault(errc::length, "few: expected %lld tokens in sequence %lld (update()), got %lld",
-                                  detail::printable(length), detail::printable(b), detail::printable(few.length(b)));
-    }
-    return {};
-  };
   detail::attend_pages<detail::projected_bounds>(queries, kv, few, detail::as_output(std::forward<Out>(out)), options,
-                                                 ctx, report, find_fault);
+                                                 ctx, report, detail::finds_other_keys(kv, few, options.attention));
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <detail::turnable Q, kv_source KV, class S, detail::attention_output Out>
+[[nodiscard]] errc check(Q&& q, const KV& kv, const projected_keys<S>& few, Out&& out,
+                         const page_options& options) noexcept {
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
+  return detail::find_pages_fault(queries, kv, detail::as_output(std::forward<Out>(out)), options,
+                                  detail::finds_other_keys(kv, few, options.attention))
+      .code;
 }
 
 }  // namespace GQA_ISA

@@ -20,9 +20,10 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <new>
 #include <optional>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 #include <Eigen/Core>
 
@@ -32,6 +33,7 @@
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/principal_directions.hpp>
 #include <gqa/detail/q8.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
@@ -51,7 +53,7 @@ inline namespace GQA_ISA {
 /// The keys of one KV head of a sequence, projected.
 template <class S>
 struct projected_head : principal_directions<double> {
-  std::vector<S> panels;  // [tile][panel of 16: r + 2 channels], as panels of keys (tile.hpp)
+  reporting_vector<S> panels;  // [tile][panel of 16: r + 2 channels], as panels of keys (tile.hpp)
 
   [[nodiscard]] index_t channels() const noexcept { return rank() + 2; }
 };
@@ -79,7 +81,8 @@ class projected_keys {
   /// Finds the principal directions of the keys that the source has, each sequence's and KV head's own, and projects
   /// all of them. Keys that are not finite have no part in the directions, and are always read.
   /// \throws error  errc::option for a rank that is negative or above D, for a residual that is not of [0, 1], for a
-  ///                sample below 1; errc::shape for keys of no elements; what the source's own check finds
+  ///                sample below 1; errc::shape for keys of no elements; what the source's own check finds;
+  ///                errc::capacity without memory: where that returns, there are no sequences
   /// Cost of a head: n D^2 + 10 D^3 for directions of a sample of n keys, 3 T r D for T projections, in double.
   template <kv_source KV>
   explicit projected_keys(const KV& kv, const projection_options& options = {}) {
@@ -88,11 +91,19 @@ class projected_keys {
       return;
     }
     batch_ = kv.batch(), kv_heads_ = kv.kv_heads(), head_dim_ = kv.head_dim();
-    lengths_.assign(static_cast<std::size_t>(batch_), 0);
-    heads_.resize(static_cast<std::size_t>(batch_ * kv_heads_));
-    for (index_t b = 0; b < batch_; ++b)
-      for (index_t g = 0; g < kv_heads_; ++g) find_directions(kv, b, g, options);
-    update(kv);
+    detail::reporting_vector<typename KV::panel_element> scratch;
+    const bool done = detail::make_zeros(scratch, static_cast<std::size_t>(kv.scratch_elements()), what) &&
+                      detail::make_zeros(lengths_, static_cast<std::size_t>(batch_), what) &&
+                      detail::make_zeros(heads_, static_cast<std::size_t>(batch_ * kv_heads_), what) &&
+                      with_memory_of_eigen((std::min)(options.sample, kv.kv_len()), [&] {
+                        for (index_t b = 0; b < batch_; ++b)
+                          for (index_t g = 0; g < kv_heads_; ++g) find_directions(kv, b, g, options, scratch.data());
+                      });
+    if (done) {
+      update(kv);
+    } else {
+      batch_ = 0;  // fits no call
+    }
   }
 
   /// Projects the tokens that have been appended to the source since. Directions stay as they are: of keys unlike those
@@ -100,7 +111,8 @@ class projected_keys {
   /// stay what they are: where the source forgets some (truncate(); an erased sequence, whose place a new one may
   /// take), so must this, by truncate(), before others are appended.
   /// \throws error  errc::shape for a source of other extents, errc::length for one that has fewer tokens of a
-  ///                sequence, and what the source's own check finds
+  ///                sequence, what the source's own check finds, and errc::capacity without memory: what was projected
+  ///                stays
   template <kv_source KV>
   void update(const KV& kv) {
     if (const auto f = kv.find_fault()) return detail::raise(f);
@@ -112,9 +124,19 @@ class projected_keys {
             detail::printable(length(b)), detail::printable(b), detail::printable(kv.length(b))));
     }
     for (index_t b = 0; b < batch_; ++b) {
-      for (index_t g = 0; g < kv_heads_; ++g) project(kv, b, g);
-      lengths_[static_cast<std::size_t>(b)] = kv.length(b);
+      for (index_t g = 0; g < kv_heads_; ++g) {
+        head& to = heads_[static_cast<std::size_t>(b * kv_heads_ + g)];
+        if (!detail::make_room(to.panels, panel_elements(to) * panels_of(kv.length(b)), what)) return;
+      }
     }
+    detail::reporting_vector<typename KV::panel_element> scratch;
+    if (!detail::make_zeros(scratch, static_cast<std::size_t>(kv.scratch_elements()), what)) return;
+    with_memory_of_eigen(0, [&] {
+      for (index_t b = 0; b < batch_; ++b) {
+        for (index_t g = 0; g < kv_heads_; ++g) project(kv, b, g, scratch.data());
+        lengths_[static_cast<std::size_t>(b)] = kv.length(b);
+      }
+    });
   }
   /// Forgets all tokens of a sequence from position `length` on: to be called with the source's own.
   /// \throws error  errc::range, errc::length
@@ -185,15 +207,15 @@ class projected_keys {
 
   /// Calls f(first token, keys [count, D] in double) for tokens [begin, end) of a head, up to 64 at a time.
   template <class KV, class F>
-  static void for_each_tile(const KV& kv, index_t b, index_t g, key_range tokens, const F& f) {
+  static void for_each_tile(const KV& kv, index_t b, index_t g, key_range tokens, typename KV::panel_element* scratch,
+                            const F& f) {
     using P = typename KV::panel_element;
     const index_t dim = kv.head_dim();
-    std::vector<P> scratch(static_cast<std::size_t>(kv.scratch_elements()));
     matrix keys;
     for (index_t begin = tokens.begin; begin < tokens.end;) {
       const index_t first = begin / detail::tile_tokens * detail::tile_tokens;
       const index_t end = (std::min)(first + detail::tile_tokens, tokens.end);
-      const auto tile = kv.tile(b, g, first / detail::tile_tokens, end - first, scratch.data());
+      const auto tile = kv.tile(b, g, first / detail::tile_tokens, end - first, scratch);
       keys.resize(end - begin, dim);
       for (index_t t = begin; t < end; ++t) {
         const P* const panel = tile.k[static_cast<std::size_t>((t - first) / detail::panel_tokens)];
@@ -205,13 +227,45 @@ class projected_keys {
     }
   }
 
+  static constexpr const char* what = "projected_keys";
+
+  [[nodiscard]] static std::size_t panel_elements(const head& of) noexcept {
+    return static_cast<std::size_t>(detail::key_panel_elements<S>(of.channels()));
+  }
+  [[nodiscard]] static std::size_t panels_of(index_t tokens) noexcept {
+    return static_cast<std::size_t>(detail::ceil_div(tokens, detail::tile_tokens) * detail::tile_panels);
+  }
+  /// Calls f(), which takes memory from Eigen, for a sample of so many keys. False after a capacity error where that
+  /// returns. Eigen itself throws, and without exceptions ends the program: so as much is asked for before.
+  template <class F>
+  bool with_memory_of_eigen(index_t sample, const F& f) const {
+    bool is_there = false;
+#ifdef GQA_NO_EXCEPTIONS
+    detail::reporting_vector<double> asked;
+    is_there =
+        asked.reserve(static_cast<std::size_t>(2 * (sample + 2 * head_dim_ + 3 * detail::tile_tokens) * head_dim_));
+    asked = {};
+    if (is_there) f();
+#else
+    static_cast<void>(sample);
+    try {
+      f();
+      is_there = true;
+    } catch (const std::bad_alloc&) {  // told as a capacity error
+    }
+#endif
+    if (!is_there) detail::raise(detail::make_room_fault(what));
+    return is_there;
+  }
+
   template <class KV>
-  void find_directions(const KV& kv, index_t b, index_t g, const projection_options& options) {
+  void find_directions(const KV& kv, index_t b, index_t g, const projection_options& options,
+                       typename KV::panel_element* scratch) {
     head& to = heads_[static_cast<std::size_t>(b * kv_heads_ + g)];
     const index_t tokens = kv.length(b), wanted = (std::min)(options.sample, tokens);
     matrix sample(wanted, head_dim_);
     index_t count = 0, n = 0;  // of finite keys, and of those that have been looked at
-    for_each_tile(kv, b, g, {0, tokens}, [&](index_t first, const matrix& keys) {
+    for_each_tile(kv, b, g, {0, tokens}, scratch, [&](index_t first, const matrix& keys) {
       for (index_t t; n < wanted && (t = n * tokens / wanted) < first + keys.rows(); ++n) {
         if (keys.row(t - first).allFinite()) sample.row(count++) = keys.row(t - first);
       }
@@ -220,16 +274,15 @@ class projected_keys {
   }
 
   template <class KV>
-  void project(const KV& kv, index_t b, index_t g) {
+  void project(const KV& kv, index_t b, index_t g, typename KV::panel_element* scratch) {
     head& to = heads_[static_cast<std::size_t>(b * kv_heads_ + g)];
-    const index_t panel_elements = detail::key_panel_elements<S>(to.channels()), rank = to.rank();
-    to.panels.resize(static_cast<std::size_t>(detail::ceil_div(kv.length(b), detail::tile_tokens) *
-                                              detail::tile_panels * panel_elements),
-                     S(0));
+    const auto elements = static_cast<index_t>(panel_elements(to));
+    const index_t rank = to.rank();
+    static_cast<void>(to.panels.resize(panel_elements(to) * panels_of(kv.length(b))));
     // In both norms, for |y| + |w| is no less than |q|.
     const double rounding = detail::rounding_of(head_dim_, rank), mean_size = to.mean.norm();
     matrix coordinates, rest, along;
-    for_each_tile(kv, b, g, {lengths_[static_cast<std::size_t>(b)], kv.length(b)},
+    for_each_tile(kv, b, g, {lengths_[static_cast<std::size_t>(b)], kv.length(b)}, scratch,
                   [&](index_t first, const matrix& keys) {
                     to.project(keys, coordinates, rest);
                     coordinates = coordinates.unaryExpr(
@@ -239,7 +292,7 @@ class projected_keys {
                       const bool finite = keys.row(t).allFinite();
                       const double off = rounding * (keys.row(t).norm() + mean_size);
                       const double nothing = std::numeric_limits<double>::quiet_NaN();
-                      S* const panel = to.panels.data() + (first + t) / detail::panel_tokens * panel_elements;
+                      S* const panel = to.panels.data() + (first + t) / detail::panel_tokens * elements;
                       const auto put = [&](index_t d, double x) {
                         panel[detail::key_index<S>((first + t) % detail::panel_tokens, d)] =
                             static_cast<S>(static_cast<float>(x));
@@ -257,8 +310,8 @@ class projected_keys {
   }
 
   index_t batch_ = 0, kv_heads_ = 0, head_dim_ = 0;
-  std::vector<index_t> lengths_;  // [batch]
-  std::vector<head> heads_;       // [batch, kv_heads]
+  detail::reporting_vector<index_t> lengths_;  // [batch]
+  detail::reporting_vector<head> heads_;       // [batch, kv_heads]
 };
 
 }  // namespace GQA_ISA

@@ -23,18 +23,19 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/mixed.hpp>
+#include <gqa/detail/pair_scores.hpp>
 #include <gqa/detail/q8.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
-#include <gqa/reference.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {
@@ -43,17 +44,29 @@ inline namespace GQA_ISA {
 
 /// The keys and values of one KV head of a sequence, decoded, and what their bounds are made of.
 struct decoded_head {
-  index_t blocks, value_dim;        // blocks of 32 channels of a key
-  std::vector<double> k, v;         // [T, D], [T, E]
-  std::vector<double> key_scale;    // [T, blocks]
-  std::vector<double> key_sum;      // [T, blocks]: of magnitudes
-  std::vector<double> value_scale;  // [T, E]
+  index_t blocks = 0, value_dim = 0;     // blocks of 32 channels of a key
+  reporting_vector<double> k, v;         // [T, D], [T, E]
+  reporting_vector<double> key_scale;    // [T, blocks]
+  reporting_vector<double> key_sum;      // [T, blocks]: of magnitudes
+  reporting_vector<double> value_scale;  // [T, E]
 
+  /// False after a capacity error, where that returns.
   template <class KV>
-  decoded_head(const KV& kv, index_t b, index_t g, index_t keys)
-      : blocks(ceil_div(kv.head_dim(), scale_channels)), value_dim(kv.value_dim()) {
+  [[nodiscard]] bool make_room_for(const KV& kv, index_t keys) {
+    blocks = ceil_div(kv.head_dim(), scale_channels), value_dim = kv.value_dim();
+    const auto count = [keys](index_t n) { return static_cast<std::size_t>(keys * n); };
+    const char* const what = "decoded keys and values";
+    return make_room(k, count(kv.head_dim()), what) && make_room(v, count(value_dim), what) &&
+           make_room(key_scale, count(blocks), what) && make_room(key_sum, count(blocks), what) &&
+           make_room(value_scale, count(value_dim), what);
+  }
+  /// Of as many keys as there is room for.
+  template <class KV>
+  void decode(const KV& kv, index_t b, index_t g, index_t keys) noexcept {
     using P = typename KV::panel_element;
     const index_t dim = kv.head_dim();
+    for (reporting_vector<double>* const list : {&k, &v, &key_scale, &key_sum, &value_scale}) list->clear();
+    const auto put = [](reporting_vector<double>& to, double x) { static_cast<void>(to.push_back(x)); };
     for (index_t t = 0; t < keys; ++t) {
       const index_t first_key = t / tile_tokens * tile_tokens;
       const kv_tile<P> tile = kv.tile(b, g, t / tile_tokens, (std::min)(tile_tokens, keys - first_key), nullptr);
@@ -63,17 +76,16 @@ struct decoded_head {
       for (index_t first = 0; first < dim; first += scale_channels) {
         double sum = 0, largest = 0;
         for (index_t d = first; d < (std::min)(first + scale_channels, dim); ++d) {
-          k.push_back(static_cast<double>(key_at(own_k, at, d, dim)));
+          put(k, static_cast<double>(key_at(own_k, at, d, dim)));
           sum += std::abs(k.back()), largest = (std::max)(largest, std::abs(k.back()));
         }
-        key_scale.push_back(
-            step_of(reinterpret_cast<const key_type<P>*>(own_k), key_scale_index(at, first, dim), largest));
-        key_sum.push_back(sum);
+        put(key_scale, step_of(reinterpret_cast<const key_type<P>*>(own_k), key_scale_index(at, first, dim), largest));
+        put(key_sum, sum);
       }
       for (index_t e = 0; e < value_dim; ++e) {
-        v.push_back(static_cast<double>(value_at(own_v, at, e, value_dim)));
-        value_scale.push_back(step_of(reinterpret_cast<const value_type<P>*>(own_v),
-                                      value_scale_index(at, e, value_dim), std::abs(v.back())));
+        put(v, static_cast<double>(value_at(own_v, at, e, value_dim)));
+        put(value_scale, step_of(reinterpret_cast<const value_type<P>*>(own_v), value_scale_index(at, e, value_dim),
+                                 std::abs(v.back())));
       }
     }
   }
@@ -104,20 +116,26 @@ inline constexpr double half_step = 0.5 * (1 + 0x1p-15);
 /// A row of queries, and what its blocks of 32 channels may be off by. (Half a scale of 8 bits covers a bfloat16's
 /// rounding, too.)
 struct bounded_query {
-  std::vector<double> row;   // [D]
-  std::vector<double> sum;   // [blocks]: of magnitudes
-  std::vector<double> step;  // [blocks]: half a scale
+  reporting_vector<double> row;   // [D]
+  reporting_vector<double> sum;   // [blocks]: of magnitudes
+  reporting_vector<double> step;  // [blocks]: half a scale
 
+  [[nodiscard]] bool make_room_for(index_t dim) {
+    const auto blocks = static_cast<std::size_t>(ceil_div(dim, scale_channels));
+    return make_room(row, static_cast<std::size_t>(dim), "a query") && make_room(sum, blocks, "a query") &&
+           make_room(step, blocks, "a query");
+  }
   template <class Q>
-  explicit bounded_query(const Q* q, index_t dim) {
+  void take(const Q* q, index_t dim) noexcept {
+    row.clear(), sum.clear(), step.clear();
     for (index_t first = 0; first < dim; first += scale_channels) {
       double of_block = 0, largest = 0;
       for (index_t d = first; d < (std::min)(first + scale_channels, dim); ++d) {
-        row.push_back(static_cast<double>(q[d]));
+        static_cast<void>(row.push_back(static_cast<double>(q[d])));
         of_block += std::abs(row.back()), largest = (std::max)(largest, std::abs(row.back()));
       }
-      sum.push_back(of_block);
-      step.push_back(half_step * (1 + 0x1p-7) * largest / static_cast<double>(most_q8));
+      static_cast<void>(sum.push_back(of_block));
+      static_cast<void>(step.push_back(half_step * (1 + 0x1p-7) * largest / static_cast<double>(most_q8)));
     }
   }
 };
@@ -127,43 +145,35 @@ struct bounded_query {
 struct bounded_score {
   index_t t;  // -1: the sink
   double score, of_kernel, of_key;
+  double kernel_gain, key_gain;  // what its weight may be off by, by either: set by row_bound()
 };
 
-/// Of the key at p.key, which query s of the call sees.
-[[nodiscard]] inline bounded_score score_of(const bounded_query& q, const decoded_head& head,
-                                            const attention_options& options, double scale, const position& p,
-                                            index_t s) {
+/// Of a key that a row sees.
+[[nodiscard]] inline bounded_score score_of(const bounded_query& q, const decoded_head& head, const pair_scores& scores,
+                                            double scale, const row_index& row, index_t key) noexcept {
   const auto dim = static_cast<index_t>(q.row.size());
-  double product = 0, of_kernel = 0, of_key = 0, magnitude = 0, key_sum = 0, added = 0;
+  double product = 0, of_kernel = 0, of_key = 0, magnitude = 0, key_sum = 0;
   for (index_t d = 0; d < dim; ++d)
-    product += q.row[static_cast<std::size_t>(d)] * head.k[static_cast<std::size_t>(p.key * dim + d)];
+    product += q.row[static_cast<std::size_t>(d)] * head.k[static_cast<std::size_t>(key * dim + d)];
   for (index_t n = 0; n < head.blocks; ++n) {
-    const auto i = static_cast<std::size_t>(n), at = static_cast<std::size_t>(p.key * head.blocks + n);
+    const auto i = static_cast<std::size_t>(n), at = static_cast<std::size_t>(key * head.blocks + n);
     of_kernel += q.step[i] * head.key_sum[at];
     of_key += q.sum[i] * half_step * head.key_scale[at];
     magnitude += q.sum[i] * static_cast<double>(most_q8) * head.key_scale[at];
     key_sum += head.key_sum[at];
   }
-  if (options.bias) {
-    const auto& bias = *options.bias;
-    added += std::abs(
-        static_cast<double>(bias(bias.extent(0) == 1 ? 0 : p.batch, bias.extent(1) == 1 ? 0 : p.q_head, s, p.key)));
-  }
-  if (!options.alibi_slopes.empty())
-    added += std::abs(static_cast<double>(options.alibi_slopes[static_cast<std::size_t>(p.q_head)]) *
-                      static_cast<double>(p.key - p.query));
   of_kernel += 0x1p-24 * static_cast<double>(dim + 8) * magnitude;  // sums of floats
-  const double score = reference::impl::score<float>(options, no_variant{}, product, scale, p, s);
+  const double score = scores.score(product, row, key), added = scores.magnitude_added(row, key);
   // And what rounds after them; the least scale that there is, of queries times the factor; what is flushed to zero.
   const double rounding =
       0x1p-20 * (1 + std::abs(scale * product) + added) + 0x1p-134 * key_sum + 0x1p-120 * static_cast<double>(dim);
-  return {p.key, score, std::abs(scale) * of_kernel + rounding, std::abs(scale) * of_key};
+  return {key, score, std::abs(scale) * of_kernel + rounding, std::abs(scale) * of_key, 0, 0};
 }
 
 /// The bound of one row from the keys it sees. With weights p of the decoded scores, scores that are off by at most c_t
 /// give weights off by at most p_t g_t, g_t = max(e^c_t / L - 1, 1 - e^-c_t / U), L and U the sums of p e^-c and p e^c.
 /// Weights that sum to 1 before and after move an output by sums of what they are off by times (value - output).
-[[nodiscard]] inline double row_bound(const std::vector<bounded_score>& seen, const decoded_head& head, index_t keys) {
+[[nodiscard]] inline double row_bound(std::span<bounded_score> seen, const decoded_head& head, index_t keys) noexcept {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   double top = -infinity, sum = 0;
   for (const bounded_score& s : seen) {
@@ -174,31 +184,29 @@ struct bounded_score {
   for (const bounded_score& s : seen) sum += std::exp(s.score - top);
   // A weight whose score moves by so much: in one exponential, for it may be 0 times infinity in two.
   const auto weight = [&](const bounded_score& s, double off = 0) { return std::exp(s.score - top + off) / sum; };
-  // What weights may be off by.
-  const auto gains = [&](double bounded_score::*off) {
+  const auto set_gains = [&](double bounded_score::*off, double bounded_score::*gain) {
     double low = 0, high = 0;
     for (const bounded_score& s : seen) low += weight(s, -(s.*off)), high += weight(s, s.*off);
-    std::vector<double> gain;
-    for (const bounded_score& s : seen)
-      gain.push_back((std::max)(weight(s, s.*off) / low - weight(s), weight(s) - weight(s, -(s.*off)) / high));
-    return gain;
+    for (bounded_score& s : seen)
+      s.*gain = (std::max)(weight(s, s.*off) / low - weight(s), weight(s) - weight(s, -(s.*off)) / high);
   };
-  const std::vector<double> kernel = gains(&bounded_score::of_kernel), key = gains(&bounded_score::of_key);
+  set_gains(&bounded_score::of_kernel, &bounded_score::kernel_gain);
+  set_gains(&bounded_score::of_key, &bounded_score::key_gain);
   // 64 weights of a tile are off by half a unit each, a unit is a 32,767th of the largest, times integers up to 127.
   constexpr double weight_rounding = 64 * 127 / (2 * 32767.0);
   // Sums of tiles, splits and states, of values and of weights.
   const double float_rounding = 0x1p-24 * (160 + static_cast<double>(keys) / 32);
   double bound = 0;
   for (index_t e = 0; e < head.value_dim; ++e) {
-    const auto value_of = [&](const std::vector<double>& of, const bounded_score& s) {
+    const auto value_of = [&](const reporting_vector<double>& of, const bounded_score& s) {
       return s.t < 0 ? 0 : of[static_cast<std::size_t>(s.t * head.value_dim + e)];
     };
     double out = 0, of_element = 0;
     for (const bounded_score& s : seen) out += weight(s) * value_of(head.v, s);
-    for (std::size_t i = 0; i < seen.size(); ++i) {
-      const double p = weight(seen[i]), value = value_of(head.v, seen[i]), scale = value_of(head.value_scale, seen[i]);
-      of_element += (kernel[i] + key[i]) * std::abs(value - out) + p * float_rounding * std::abs(value) +
-                    ((p + key[i]) * half_step + (p + kernel[i]) * weight_rounding) * scale +
+    for (const bounded_score& s : seen) {
+      const double p = weight(s), value = value_of(head.v, s), scale = value_of(head.value_scale, s);
+      of_element += (s.kernel_gain + s.key_gain) * std::abs(value - out) + p * float_rounding * std::abs(value) +
+                    ((p + s.key_gain) * half_step + (p + s.kernel_gain) * weight_rounding) * scale +
                     0x1p-118 * (1 + std::abs(value));  // what is flushed to zero: weights from 2^-8 down
     }
     of_element += 0x1p-112 * (1 + static_cast<double>(keys) / 64);  // units below the least normal float, a tile each
@@ -238,25 +246,33 @@ void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const att
   const auto call = detail::problem_of<float>(q, kv, as_output, options);
   if (const auto f = detail::find_gone_fault(call, kv, detail::no_variant{})) return detail::raise(f);
 
+  detail::decoded_head head;
+  detail::bounded_query query;
+  detail::reporting_vector<detail::bounded_score> seen;
+  if (!head.make_room_for(kv, call.shape.kv_len) || !query.make_room_for(call.shape.head_dim) ||
+      !detail::make_room(seen, static_cast<std::size_t>(call.shape.kv_len + 1), "scores"))
+    return;
+  const detail::pair_scores scores(options, call.scale());
   for (index_t b = 0; b < call.shape.batch; ++b) {
     const index_t keys = call.length(kv, b), offset = call.query_offset(b, keys);
     for (index_t g = 0; g < call.shape.kv_heads; ++g) {
-      const detail::decoded_head head(kv, b, g, keys);
+      head.decode(kv, b, g, keys);
       for (index_t h = call.first_head(g); h < call.first_head(g) + call.group_size(g); ++h) {
         for (index_t s = 0; s < call.shape.q_len; ++s) {
-          const detail::bounded_query query(&q(b, s, h, 0), call.shape.head_dim);
-          std::vector<detail::bounded_score> seen;
+          query.take(&q(b, s, h, 0), call.shape.head_dim);
+          seen.clear();
           if (!options.sinks.empty())
-            seen.push_back({-1, static_cast<double>(options.sinks[static_cast<std::size_t>(h)]), 0, 0});
+            static_cast<void>(
+                seen.push_back({-1, static_cast<double>(options.sinks[static_cast<std::size_t>(h)]), 0, 0, 0, 0}));
+          const detail::row_index row{b, s, h, offset + s, keys};
           for (index_t t = 0; t < keys; ++t) {
-            const position p{b, h, offset + s, t};
-            if (!reference::impl::sees(options, detail::no_variant{}, p, s)) continue;
-            seen.push_back(detail::score_of(query, head, options, call.scale(), p, s));
-            seen.back().of_kernel += detail::weights_off<P>;
-            if (options.bias && seen.back().score == -std::numeric_limits<double>::infinity())
-              seen.pop_back();  // hidden
+            if (!scores.sees(row, t)) continue;
+            detail::bounded_score own = detail::score_of(query, head, scores, call.scale(), row, t);
+            own.of_kernel += detail::weights_off<P>;
+            const bool is_hidden = options.bias && own.score == -std::numeric_limits<double>::infinity();
+            if (!is_hidden) static_cast<void>(seen.push_back(own));
           }
-          bound(b, s, h) = detail::row_bound(seen, head, keys);
+          bound(b, s, h) = detail::row_bound({seen.data(), seen.size()}, head, keys);
         }
       }
     }

@@ -67,7 +67,7 @@ void group_rows(index_t n, index_t dim, const RowAt& row_at, const grouping_opti
   }
   row_grouper<A> grouper({copy, n, dim, stride}, options, given, ctx, memory + copy_bytes);
   group(grouper);
-  grouper.write(groups);
+  static_cast<void>(grouper.write(groups));
 }
 template <class T, class Group>
 void group_rows(const tensor_view<const T, 2>& rows, const grouping_options& options,

@@ -15,8 +15,36 @@
 #include <vector>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 
 namespace gqa {
+namespace detail {
+
+/// Groups where they lie: a caller's, or those of a block at work.
+template <class A>
+struct groups_view {
+  index_t dim;
+  std::span<const index_t> order, offsets;
+  std::span<const A> representatives, radii;
+
+  template <class Groups>
+  [[nodiscard]] static groups_view of(const Groups& g) noexcept {
+    return {g.dim, g.order, g.offsets, g.representatives, g.radii};
+  }
+  [[nodiscard]] index_t rows() const noexcept { return static_cast<index_t>(order.size()); }
+  [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(radii.size()); }
+  [[nodiscard]] std::span<const index_t> members(index_t j) const noexcept {
+    const auto at = static_cast<std::size_t>(j);
+    return order.subspan(static_cast<std::size_t>(offsets[at]),
+                         static_cast<std::size_t>(offsets[at + 1] - offsets[at]));
+  }
+  [[nodiscard]] std::span<const A> representative(index_t j) const noexcept {
+    return representatives.subspan(static_cast<std::size_t>(j * dim), static_cast<std::size_t>(dim));
+  }
+  [[nodiscard]] A radius(index_t j) const noexcept { return radii[static_cast<std::size_t>(j)]; }
+};
+
+}  // namespace detail
 
 /// Groups of n rows: a partition, and what stands for each part.
 /// \tparam A  float or double
@@ -32,11 +60,10 @@ struct query_groups {
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(radii.size()); }
   /// Rows of group j.
   [[nodiscard]] std::span<const index_t> members(index_t j) const noexcept {
-    const auto at = static_cast<std::size_t>(j);
-    return {order.data() + offsets[at], static_cast<std::size_t>(offsets[at + 1] - offsets[at])};
+    return detail::groups_view<A>::of(*this).members(j);
   }
   [[nodiscard]] std::span<const A> representative(index_t j) const noexcept {
-    return {representatives.data() + j * dim, static_cast<std::size_t>(dim)};
+    return detail::groups_view<A>::of(*this).representative(j);
   }
   [[nodiscard]] A radius(index_t j) const noexcept { return radii[static_cast<std::size_t>(j)]; }
 
@@ -45,9 +72,18 @@ struct query_groups {
 
 namespace detail {
 
-/// Whether order and offsets are those of a partition, ascending within a group, and the rest has its size.
+/// What the library keeps groups of its own in.
 template <class A>
-[[nodiscard]] bool is_partition(const query_groups<A>& g) {
+struct groups_memory {
+  index_t dim = 0;
+  reporting_vector<index_t> order, offsets;
+  reporting_vector<A> representatives, radii;
+};
+
+/// Whether order and offsets are those of a partition, ascending within a group, and the rest has its size. `seen`: a
+/// bit a row at least, all 0, as they are again where it is one.
+template <class A>
+[[nodiscard]] bool is_partition(const groups_view<A>& g, std::span<std::uint64_t> seen) noexcept {
   const auto groups = static_cast<std::size_t>(g.size());
   if (g.offsets.size() != groups + 1 || g.offsets.front() != 0 || g.offsets.back() != g.rows() ||
       g.representatives.size() != groups * static_cast<std::size_t>(g.dim))
@@ -57,11 +93,14 @@ template <class A>
     const auto members = g.members(static_cast<index_t>(j));
     if (!std::is_sorted(members.begin(), members.end())) return false;
   }
-  std::vector<bool> seen(g.order.size());
   for (const index_t i : g.order) {
-    if (i < 0 || i >= g.rows() || seen[static_cast<std::size_t>(i)]) return false;
-    seen[static_cast<std::size_t>(i)] = true;
+    if (i < 0 || i >= g.rows()) return false;
+    std::uint64_t& word = seen[static_cast<std::size_t>(i / 64)];
+    const std::uint64_t bit = std::uint64_t{1} << i % 64;
+    if ((word & bit) != 0) return false;
+    word |= bit;
   }
+  std::fill(seen.begin(), seen.end(), std::uint64_t{0});
   return true;
 }
 

@@ -20,6 +20,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/narrowing.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
@@ -98,12 +99,18 @@ class rope {
   /// \param x      [B, S, H, D], any strides but of the last axis, of any element type; or [n, H, D], a tensor_view of
   ///               rank 3
   /// \param turns  of its tokens, sequence by sequence
-  /// \throws error (errc::shape, errc::stride) before anything is written
-  /// Cost: 4 multiply-adds a pair and row.
+  /// \throws error (errc::shape, errc::stride), and errc::range for rows of 16 bits that would leave the range of their
+  ///               type, before anything is written
+  /// Cost: 4 multiply-adds a pair and row; of 16 bits rows are read once before.
   template <detail::rows_like X, class A>
   void rotate(X&& x, const rope_turns<A>& turns, context& ctx) const {
     const auto rows = detail::as_rows(std::forward<X>(x));
     if (const auto f = find_rows_fault(rows, turns)) return detail::raise(f);
+    using turned_by = std::pair<const rope_turns<A>&, index_t>;
+    if (const auto f = find_range_fault(rows, [&](index_t b, index_t s) {
+          return turned_by{turns, b * rows.extent(1) + s};
+        }))
+      return detail::raise(f);
     rotate_rows(rows, turns, ctx);
   }
   /// The same once: token s of sequence b is at first_positions[b] + s.
@@ -140,12 +147,17 @@ class rope {
 
  private:
   [[nodiscard]] index_t pairs() const noexcept { return static_cast<index_t>(frequencies_.radians.size()); }
+  /// The element that a rotated one turns with.
+  [[nodiscard]] index_t partner_of(index_t d) const noexcept {
+    if (pairing_ == rope_pairing::neighbours) return d ^ 1;
+    return d < pairs() ? d + pairs() : d - pairs();
+  }
 
   /// Turns of tokens whose pairs are at position_of(token, pair).
   template <class A, class PositionOf>
   [[nodiscard]] rope_turns<A> turns_by(index_t tokens, context& ctx, const PositionOf& position_of) const {
     rope_turns<A> made(tokens, pairs(), pairing_);
-    ctx.for_each(tokens, [&](index_t token, index_t) { set_turns(made, token, position_of); });
+    ctx.for_each(made.tokens(), [&](index_t token, index_t) { set_turns(made, token, position_of); });
     return made;
   }
   template <class A, class PositionOf>
@@ -204,6 +216,38 @@ class rope {
     return detail::find_turns_fault(rows, turns);
   }
 
+  /// Finite rows of 16 bits whose elements, turned, would round to infinity. turns_of(b, s): the turns of a token, and
+  /// its number among them; asked only of rows that are long enough for that.
+  template <class T, class TurnsOf>
+  [[nodiscard]] detail::fault find_range_fault(const tensor_view<T, 4>& x, const TurnsOf& turns_of) const noexcept {
+    if constexpr (sizeof(T) > 2) return {};
+    const double most = detail::largest_of<T>(), grows = std::abs(magnitude()) * 1.4143;  // by a factor of at most
+    for (index_t b = 0; b < x.extent(0); ++b) {
+      for (index_t s = 0; s < x.extent(1); ++s) {
+        for (index_t h = 0; h < x.extent(2); ++h) {
+          const T* const row = &x(b, s, h, 0);
+          float largest = 0;
+          for (index_t d = 0; d < 2 * pairs(); ++d) largest = (std::max)(largest, std::abs(static_cast<float>(row[d])));
+          if (!(static_cast<double>(largest) * grows > most)) continue;
+          const auto [turns, token] = turns_of(b, s);
+          index_t at = -1;
+          detail::turn_pairs(row, turns, token, [&](index_t d, float turned) {
+            const auto is_finite = [row](index_t e) { return std::isfinite(static_cast<float>(row[e])); };
+            if (is_finite(d) && is_finite(partner_of(d)) && std::isinf(static_cast<float>(static_cast<T>(turned))))
+              at = d;
+          });
+          if (at >= 0)
+            return detail::make_fault(errc::range,
+                                      "x[%lld, %lld, %lld, %lld]: expected a number that turned stays finite in its "
+                                      "type (up to %g), got %g",
+                                      detail::printable(b), detail::printable(s), detail::printable(h),
+                                      detail::printable(at), most, static_cast<double>(static_cast<float>(row[at])));
+        }
+      }
+    }
+    return {};
+  }
+
   /// Checked rows, whose turns are made for so many tokens at a time, in memory that is had before any row is turned.
   template <class T, class PositionOf>
   void rotate_in_chunks(const tensor_view<T, 4>& x, const PositionOf& position_of, context& ctx) const {
@@ -212,6 +256,13 @@ class rope {
     const index_t tokens = x.extent(0) * x.extent(1);
     if (tokens == 0) return;
     rope_turns<A> some((std::min)(chunk, tokens), pairs(), pairing_);
+    if (some.tokens() == 0) return;
+    using turned_by = std::pair<const rope_turns<A>&, index_t>;
+    if (const auto f = find_range_fault(x, [&](index_t b, index_t s) {
+          set_turns(some, 0, [&](index_t, index_t) { return position_of(b, s); });
+          return turned_by{some, 0};
+        }))
+      return detail::raise(f);
     const auto turn_token = [&](index_t token, index_t slot) {
       const index_t b = token / x.extent(1), s = token % x.extent(1);
       set_turns(some, slot, [&](index_t, index_t) { return position_of(b, s); });

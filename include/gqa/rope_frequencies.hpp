@@ -27,6 +27,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/error.hpp>
 
 namespace gqa {
@@ -90,6 +91,7 @@ namespace detail {
 template <class Change>
 [[nodiscard]] rope_frequencies changed_frequencies(index_t dims, double base, const Change& change) {
   rope_frequencies made;
+  if (!make_room(made.radians, static_cast<std::size_t>(dims / 2), "rope frequencies")) return made;
   for (index_t i = 0; i < dims / 2; ++i) {
     const double own = std::pow(base, -2 * static_cast<double>(i) / static_cast<double>(dims));
     made.radians.push_back(own * change(static_cast<double>(i), own));
@@ -217,6 +219,7 @@ template <class Change>
                                        detail::printable(sections[axis])));
       return {};
     }
+    if (!detail::make_room(axes, axes.size() + static_cast<std::size_t>(sections[axis]), "axes of pairs")) return {};
     axes.insert(axes.end(), static_cast<std::size_t>(sections[axis]), static_cast<index_t>(axis));
   }
   return axes;

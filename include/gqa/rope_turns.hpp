@@ -9,12 +9,13 @@
 /// bits, queries that meet keys as floats or in 8 bits.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 
 namespace gqa {
 
@@ -28,8 +29,19 @@ template <class A>
 class rope_turns {
  public:
   /// Zeros.
-  rope_turns(index_t tokens, index_t pairs, rope_pairing pairing)
-      : tokens_(tokens), pairs_(pairs), pairing_(pairing), turns_(static_cast<std::size_t>(2 * tokens * pairs)) {}
+  /// \throws error  errc::capacity; where that returns, there are no tokens
+  rope_turns(index_t tokens, index_t pairs, rope_pairing pairing) : pairs_(pairs), pairing_(pairing) {
+    if (detail::make_zeros(turns_, static_cast<std::size_t>(2 * tokens * pairs), "turns")) tokens_ = tokens;
+  }
+  rope_turns(const rope_turns& other) : rope_turns(other.tokens_, other.pairs_, other.pairing_) {
+    if (tokens_ == other.tokens_) std::copy(other.turns_.begin(), other.turns_.end(), turns_.begin());
+  }
+  rope_turns(rope_turns&& other) noexcept { swap(other); }
+  rope_turns& operator=(rope_turns other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~rope_turns() = default;
 
   [[nodiscard]] index_t tokens() const noexcept { return tokens_; }
   [[nodiscard]] index_t pairs() const noexcept { return pairs_; }
@@ -41,9 +53,14 @@ class rope_turns {
   [[nodiscard]] const A* sines(index_t token) const noexcept { return cosines(token) + pairs_; }
 
  private:
-  index_t tokens_, pairs_;
-  rope_pairing pairing_;
-  std::vector<A> turns_;  // [tokens][cosines, sines]
+  void swap(rope_turns& other) noexcept {
+    std::swap(tokens_, other.tokens_), std::swap(pairs_, other.pairs_), std::swap(pairing_, other.pairing_);
+    turns_.swap(other.turns_);
+  }
+
+  index_t tokens_ = 0, pairs_ = 0;
+  rope_pairing pairing_ = rope_pairing::neighbours;
+  detail::reporting_vector<A> turns_;  // [tokens][cosines, sines]
 };
 
 /// Rows, in whatever form a call takes them (a reference to what outlives this, or a view), and the turns of their

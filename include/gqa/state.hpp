@@ -165,6 +165,19 @@ void merge(partial_state<T> self, std::type_identity_t<partial_state<const T>> o
   merge_many<T>(both, self, ctx);
 }
 
+/// The checks of merge(), and nothing else: errc::ok if the call would run.
+template <class T>
+[[nodiscard]] errc check(const partial_state<T>& self, std::type_identity_t<partial_state<const T>> other) noexcept {
+  const std::array<partial_state<const T>, 2> both{partial_state<const T>(self), other};
+  return detail::find_merge_fault<T>(both, self).code;
+}
+/// And those of merge_many().
+template <class T>
+[[nodiscard]] errc check(std::type_identity_t<std::span<const partial_state<const T>>> states,
+                         const partial_state<T>& result) noexcept {
+  return detail::find_merge_fault<T>(states, result).code;
+}
+
 }  // namespace GQA_ISA
 }  // namespace gqa
 

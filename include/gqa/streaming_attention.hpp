@@ -15,12 +15,13 @@
 #include <cstddef>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/reporting_vector.hpp>
+#include <gqa/detail/state_memory.hpp>
 #include <gqa/error.hpp>
 #include <gqa/local_masks.hpp>
 #include <gqa/options.hpp>
@@ -58,7 +59,7 @@ class streamed_sinks : public band_mask<streamed_sinks> {
 
 inline namespace GQA_ISA {
 
-[[nodiscard]] inline fault find_streaming_fault(const attention_options& o) noexcept {
+[[nodiscard]] inline fault find_streaming_options_fault(const attention_options& o) noexcept {
   if (o.mask || o.bias || !o.alibi_slopes.empty() || o.window.left >= 0 || o.window.right >= 0)
     return make_fault(errc::option,
                       "options: expected no mask, bias, ALiBi or window: the ring's sinks and window say what is seen");
@@ -67,60 +68,71 @@ inline namespace GQA_ISA {
 
 /// Positions of queries, sequence by sequence: their own, and those that the cache gives them.
 struct streamed_positions {
-  std::vector<index_t> own, of_cache;
+  reporting_vector<index_t> own, of_cache;
   bool any_shifted = false;
 };
+/// False after a capacity error, where that returns.
 template <class Problem, class Ring>
-[[nodiscard]] streamed_positions find_streamed_positions(const Problem& call, const Ring& ring, index_t last_whole) {
-  streamed_positions at;
+[[nodiscard]] bool find_streamed_positions(const Problem& call, const Ring& ring, index_t last_whole,
+                                           streamed_positions& at) {
+  const auto tokens = static_cast<std::size_t>(call.shape.batch * call.shape.q_len);
+  if (!make_room(at.own, tokens, "positions") || !make_room(at.of_cache, tokens, "positions")) return false;
   for (index_t b = 0; b < call.shape.batch; ++b) {
     const index_t first = call.query_offset(b, call.length(ring, b));
     for (index_t p = first; p < first + call.shape.q_len; ++p) {
-      at.own.push_back(p), at.of_cache.push_back((std::min)(p, last_whole));
+      static_cast<void>(at.own.push_back(p));
+      static_cast<void>(at.of_cache.push_back((std::min)(p, last_whole)));
       at.any_shifted = at.any_shifted || p > last_whole;
     }
   }
-  return at;
+  return true;
 }
 
-/// A state of queries with memory of its own.
-template <class A>
-struct state_memory {
-  std::vector<A> out, lse;
-  partial_state<A> state;
+/// The last position whose query sees all that there is up to it.
+template <class Ring>
+[[nodiscard]] index_t last_whole_position(const Ring& ring) noexcept {
+  return ring.sink_tokens() + ring.window() - 1;
+}
 
-  template <class Q>
-  state_memory(const tensor_view<const Q, 4>& q, index_t value_dim)
-      : out(static_cast<std::size_t>(q.extent(0) * q.extent(1) * q.extent(2) * value_dim)),
-        lse(static_cast<std::size_t>(q.extent(0) * q.extent(1) * q.extent(2))),
-        state{tensor_view<A, 4>(out.data(), {q.extent(0), q.extent(1), q.extent(2), value_dim}),
-              tensor_view<A, 3>(lse.data(), {q.extent(0), q.extent(1), q.extent(2)})} {}
-};
+/// All that is wrong with a call.
+template <class Q, class T, class Out>
+[[nodiscard]] fault find_streaming_fault(const tensor_view<const Q, 4>& q, const rope& embedding,
+                                         const ring_kv_cache<T>& ring, const Out& out,
+                                         const attention_options& options) noexcept {
+  if (const auto f = find_call_fault(q, ring, out, options)) return f;
+  if (const auto f = find_streaming_options_fault(options)) return f;
+  if (embedding.head_dim() != ring.head_dim())
+    return make_fault(errc::shape, "embedding: expected head_dim %lld, got %lld", printable(ring.head_dim()),
+                      printable(embedding.head_dim()));
+  attention_options seen = options;
+  seen.causal = true;
+  return find_gone_fault(problem_of<accumulator_t<T>>(q, ring, out, seen), ring,
+                         streamed_window(last_whole_position(ring), ring.window()));
+}
 
 template <class Q, class T, class Out>
 void attend_streaming(const tensor_view<const Q, 4>& q, const rope& embedding, const ring_kv_cache<T>& ring,
                       const Out& out, const attention_options& options, context& ctx) {
   using A = accumulator_t<T>;
   require_dtypes<Q, ring_kv_cache<T>, typename decltype(output_view(out))::value_type>();
-  if (const auto f = find_call_fault(q, ring, out, options)) return raise(f);
-  if (const auto f = find_streaming_fault(options)) return raise(f);
-  if (embedding.head_dim() != ring.head_dim())
-    return raise(make_fault(errc::shape, "embedding: expected head_dim %lld, got %lld", printable(ring.head_dim()),
-                            printable(embedding.head_dim())));
-  const index_t last_whole = ring.sink_tokens() + ring.window() - 1;
-  const streamed_positions at = find_streamed_positions(problem_of<A>(q, ring, out, options), ring, last_whole);
+  if (const auto f = find_streaming_fault(q, embedding, ring, out, options)) return raise(f);
+  const index_t last_whole = last_whole_position(ring);
+  streamed_positions at;
+  if (!find_streamed_positions(problem_of<A>(q, ring, out, options), ring, last_whole, at)) return;
   attention_options seen = options;
   seen.causal = true;
   const error_watch watch;
-  state_memory<A> own(q, ring.value_dim());
-  attention(turned(q, embedding.turns<accumulator_t<Q>>(at.own, ctx)), ring, own.state, seen,
-            streamed_window(last_whole, ring.window()), ctx);
+  state_memory<A> own, of_sinks;
+  const auto attend_at = [&](const reporting_vector<index_t>& positions, state_memory<A>& state, const auto& variant) {
+    const auto turns = embedding.turns<accumulator_t<Q>>(positions, ctx);
+    if (watch.failed() || !state.make(q, ring.value_dim())) return;
+    attention(turned(q, turns), ring, *state, seen, variant, ctx);
+  };
+  attend_at(at.own, own, streamed_window(last_whole, ring.window()));
   if (at.any_shifted && ring.sink_tokens() > 0 && !watch.failed()) {
     seen.sinks = {};  // counted once
-    state_memory<A> of_sinks(q, ring.value_dim());
-    attention(turned(q, embedding.turns<accumulator_t<Q>>(at.of_cache, ctx)), ring, of_sinks.state, seen,
-              streamed_sinks(last_whole, ring.sink_tokens()), ctx);
-    merge(own.state, of_sinks.state, ctx);
+    attend_at(at.of_cache, of_sinks, streamed_sinks(last_whole, ring.sink_tokens()));
+    if (!watch.failed()) merge(*own, *of_sinks, ctx);
   }
   if (watch.failed()) return;
   const auto to = output_view(out);
@@ -128,8 +140,8 @@ void attend_streaming(const tensor_view<const Q, 4>& q, const rope& embedding, c
   for (index_t b = 0; b < to.extent(0); ++b) {
     for (index_t s = 0; s < to.extent(1); ++s) {
       for (index_t h = 0; h < to.extent(2); ++h) {
-        for (index_t e = 0; e < to.extent(3); ++e) to(b, s, h, e) = stored<element>(own.state.out(b, s, h, e));
-        if constexpr (output_state<Out>) out.lse(b, s, h) = static_cast<accumulator_t<element>>(own.state.lse(b, s, h));
+        for (index_t e = 0; e < to.extent(3); ++e) to(b, s, h, e) = stored<element>(own->out(b, s, h, e));
+        if constexpr (output_state<Out>) out.lse(b, s, h) = static_cast<accumulator_t<element>>(own->lse(b, s, h));
       }
     }
   }
@@ -154,6 +166,15 @@ void streaming_attention(Q&& q, const rope& embedding, const ring_kv_cache<T>& r
                          const attention_options& options, context& ctx) {
   const auto queries = detail::as_turnable(std::forward<Q>(q));
   detail::attend_streaming(queries, embedding, ring, detail::as_output(std::forward<Out>(out)), options, ctx);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <tensor_like Q, class T, detail::attention_output Out>
+[[nodiscard]] errc check(Q&& q, const rope& embedding, const ring_kv_cache<T>& ring, Out&& out,
+                         const attention_options& options) noexcept {
+  const auto queries = detail::as_turnable(std::forward<Q>(q));
+  return detail::find_streaming_fault(queries, embedding, ring, detail::as_output(std::forward<Out>(out)), options)
+      .code;
 }
 
 }  // namespace GQA_ISA

@@ -14,7 +14,6 @@
 #include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -25,6 +24,7 @@
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/part_of_source.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/groupwise_attention.hpp>
 #include <gqa/kv_cache.hpp>
 #include <gqa/kv_source.hpp>
@@ -63,14 +63,14 @@ class within_groups {
         options_(scores_of(scores)),
         own_keys_(1, 1, (std::min)(x.count, keys), x.dim, value_dim) {}
 
-  /// Attends with the members of a group, whose keys are read from `keys`.
+  /// Attends with the members of a group, whose keys are read from `keys`. False after an error where that returns.
   template <class Head>
-  void attend(const Head& keys, std::span<const index_t> members, context& ctx) {
+  [[nodiscard]] bool attend(const Head& keys, std::span<const index_t> members, context& ctx) {
     const auto count = static_cast<index_t>(members.size());
+    const error_watch watch;
     own_keys_.clear();
+    if (!has_room(count)) return false;
     ends_.clear(), rows_.clear();
-    key_.resize(static_cast<std::size_t>(x_.dim)), value_.resize(static_cast<std::size_t>(value_dim_));
-    out_.resize(static_cast<std::size_t>(count * value_dim_)), lse_.resize(members.size());
     index_t last = (std::numeric_limits<index_t>::min)();
     for (const index_t i : members) {  // ascending, and so are their positions
       const index_t at = offset_ + i / heads_;
@@ -80,12 +80,13 @@ class within_groups {
                          tensor_view<const A, 4>(value_.data(), {1, 1, 1, value_dim_}));
       }
       last = at;
-      ends_.push_back(own_keys_.length(0));
-      rows_.insert(rows_.end(), x_.row(i), x_.row(i) + x_.dim);
+      static_cast<void>(ends_.push_back(own_keys_.length(0)));
+      static_cast<void>(rows_.append(x_.row(i), x_.row(i) + x_.dim));
     }
     if (!causal_) std::fill(ends_.begin(), ends_.end(), own_keys_.length(0));
     attention(queries_of(rows_.data(), count, x_.dim, x_.dim), own_keys_,
               state_of(out_.data(), lse_.data(), count, value_dim_), options_, first_keys_mask(ends_), ctx);
+    return !watch.failed();
   }
   /// What the n-th member found.
   [[nodiscard]] finished_state<A> result(index_t n) const noexcept {
@@ -93,39 +94,61 @@ class within_groups {
   }
 
  private:
+  /// For a group of so many members.
+  [[nodiscard]] bool has_room(index_t members) {
+    const auto n = static_cast<std::size_t>(members);
+    return make_zeros(key_, static_cast<std::size_t>(x_.dim), "a group's keys") &&
+           make_zeros(value_, static_cast<std::size_t>(value_dim_), "a group's values") &&
+           make_room(ends_, n, "a group's members") &&
+           make_room(rows_, n * static_cast<std::size_t>(x_.dim), "a group's members") &&
+           make_zeros(out_, n * static_cast<std::size_t>(value_dim_), "a group's results") &&
+           make_zeros(lse_, n, "a group's results");
+  }
+
   point_rows<A> x_;
   index_t heads_, offset_;
   bool causal_;
   index_t value_dim_;
   attention_options options_;
-  kv_cache<A> own_keys_;       // of the group at work
-  std::vector<index_t> ends_;  // [members], how many of those a member sees
-  std::vector<A> rows_;        // [members, D]
-  std::vector<A> key_, value_, out_, lse_;
+  kv_cache<A> own_keys_;            // of the group at work
+  reporting_vector<index_t> ends_;  // [members], how many of those a member sees
+  reporting_vector<A> rows_;        // [members, D]
+  reporting_vector<A> key_, value_, out_, lse_;
 };
+
+/// All that is wrong with a call.
+template <class Q, class KV, class Out, class A>
+[[nodiscard]] fault find_within_groups_fault(const tensor_view<const Q, 4>& q, const KV& kv,
+                                             std::span<const query_groups<A>> groups, const Out& out,
+                                             const attention_options& options) noexcept {
+  if (const auto f = find_call_fault(q, kv, out, options)) return f;
+  if (const auto f = find_shared_scores_fault(options)) return f;
+  if (!options.alibi_slopes.empty())
+    return make_fault(errc::option, "alibi_slopes: expected none, for a group is of all heads of a KV head");
+  const auto p = problem_of<A>(q, kv, out, options);
+  return find_groups_of_rows_fault<A>(groups, p.shape, head_pools(p));
+}
 
 template <class Q, class KV, class Out, class A>
 void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::span<const query_groups<A>> groups,
                           const Out& out, const attention_options& options, context& ctx) {
+  if (const auto f = find_within_groups_fault(q, kv, groups, out, options)) return raise(f);
   const auto p = problem_of<A>(q, kv, out, options);
   const call_shape& shape = p.shape;
-  if (const auto f = find_call_fault(q, kv, out, options)) return raise(f);
-  if (const auto f = find_shared_scores_fault(options)) return raise(f);
-  if (!options.alibi_slopes.empty())
-    return raise(make_fault(errc::option, "alibi_slopes: expected none, for a group is of all heads of a KV head"));
-  const std::vector<head_pool> pools = head_pools_of(p);
-  if (const auto f = find_groups_of_rows_fault<A>(groups, shape, pools)) return raise(f);
+  const head_pools pools(p);
   context* const contexts = ctx.detail_workers();
+  if (contexts == nullptr) return;
   ctx.for_each(shape.batch * shape.kv_heads, [&](index_t task, index_t worker) {
     const error_watch watch;
     const index_t b = task / shape.kv_heads, length = p.length(kv, b);
-    const auto [g, heads] = pools[static_cast<std::size_t>(task % shape.kv_heads)];
+    const auto [g, heads] = pools[task % shape.kv_heads];
     const row_block pooled{{b, b + 1}, {0, shape.q_len}, heads};
     if (pooled.size() == 0) return;
     const index_t row_elements = pooled.size() * round_up(shape.head_dim, 16);
     A* const rows = reinterpret_cast<A*>(
         contexts[worker].detail_scratch(static_cast<std::size_t>(row_elements + shape.value_dim) * sizeof(A)));
-    if (rows == nullptr) return;
+    context* const calls = contexts[worker].detail_workers();
+    if (rows == nullptr || calls == nullptr) return;
     A* const row = rows + row_elements;
     const point_rows<A> x = pool_queries(p.q, shape.head_dim, pooled, rows);
     within_groups<A> within(x, heads.size(), p.query_offset(b, length), length, shape.value_dim, options);
@@ -135,8 +158,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
       const query_groups<A>& set = groups[static_cast<std::size_t>(task)];
       for (index_t j = 0; j < set.size(); ++j) {
         const auto members = set.members(j);
-        within.attend(keys, members, contexts[worker].detail_workers()[0]);
-        if (watch.failed()) return;
+        if (!within.attend(keys, members, *calls)) return;
         for (std::size_t m = 0; m < members.size(); ++m) {
           const auto [at_b, s, h] = pooled.at(members[m]);
           const A sink =
@@ -151,8 +173,7 @@ void attend_within_groups(const tensor_view<const Q, 4>& q, const KV& kv, std::s
       attend_all(own);
     } else {
       kv_cache<typename KV::panel_element> packed(1, 1, length, shape.head_dim, shape.value_dim);
-      if (watch.failed()) return;
-      pack_head(own, false, 0, packed);
+      if (watch.failed() || !pack_head(own, false, 0, packed)) return;
       attend_all(part_of_source<kv_cache<typename KV::panel_element>>(packed, 0, 0, 1, length));
     }
   });
@@ -188,6 +209,22 @@ void within_group_attention(Q&& q, K&& k, V&& v, std::span<const query_groups<A>
                             const attention_options& options, context& ctx) {
   within_group_attention(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), groups,
                          std::forward<Out>(out), options, ctx);
+}
+
+/// Its checks, and nothing else: errc::ok if the call would run.
+template <tensor_like Q, kv_source KV, detail::attention_output Out, class A>
+[[nodiscard]] errc check(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, Out&& out,
+                         const attention_options& options) noexcept {
+  using element = std::remove_const_t<detail::element_of<Q>>;
+  const tensor_view<const element, 4> queries = detail::as_view(std::forward<Q>(q));
+  return detail::find_within_groups_fault(queries, kv, groups, detail::as_output(std::forward<Out>(out)), options).code;
+}
+
+template <tensor_like Q, tensor_like K, tensor_like V, detail::attention_output Out, class A>
+[[nodiscard]] errc check(Q&& q, K&& k, V&& v, std::span<const query_groups<A>> groups, Out&& out,
+                         const attention_options& options) noexcept {
+  return check(std::forward<Q>(q), kv_view(std::forward<K>(k), std::forward<V>(v)), groups, std::forward<Out>(out),
+               options);
 }
 
 }  // namespace GQA_ISA

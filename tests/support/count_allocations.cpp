@@ -9,7 +9,7 @@
 
 namespace {
 
-std::atomic<long> count{0}, left_until_failure{0};
+std::atomic<long> count{0}, throwing_count{0}, left_until_failure{0};
 
 void* counted(std::size_t bytes, std::size_t alignment) noexcept {
   ++count;
@@ -19,6 +19,7 @@ void* counted(std::size_t bytes, std::size_t alignment) noexcept {
 }
 
 void* counted_or_throw(std::size_t bytes, std::size_t alignment) {
+  ++throwing_count;
   void* const memory = counted(bytes, alignment);
 #ifdef __cpp_exceptions
   if (memory == nullptr) throw std::bad_alloc();
@@ -34,6 +35,10 @@ void gqa::test::fail_allocation(long n) noexcept {
 
 long gqa::test::allocations() noexcept {
   return count;
+}
+
+long gqa::test::throwing_allocations() noexcept {
+  return throwing_count;
 }
 
 void* operator new(std::size_t n) {

@@ -9,13 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <type_traits>
-#include <vector>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/nearest.hpp>
 #include <gqa/detail/part_of_source.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/kv_cache.hpp>
@@ -46,19 +47,25 @@ struct head_pool {
   index_t kv_head;
   key_range heads;
 };
+/// Those of a call, which outlives this.
 template <class Problem>
-[[nodiscard]] std::vector<head_pool> head_pools_of(const Problem& p) {
-  std::vector<head_pool> pools;
-  for (index_t g = 0; g < p.shape.kv_heads; ++g) {
-    const index_t first = p.first_head(g), end = first + p.group_size(g);
-    if (p.options.alibi_slopes.empty()) {
-      pools.push_back({g, {first, end}});
-    } else {
-      for (index_t h = first; h < end; ++h) pools.push_back({g, {h, h + 1}});
-    }
+class head_pools {
+ public:
+  explicit head_pools(const Problem& call) noexcept : call_(call) {}
+
+  [[nodiscard]] index_t size() const noexcept { return is_by_heads() ? call_.shape.q_heads : call_.shape.kv_heads; }
+  [[nodiscard]] head_pool operator[](index_t n) const noexcept {
+    const call_shape& shape = call_.shape;
+    if (is_by_heads()) return {kv_head_of(n, shape.q_heads, shape.kv_heads, call_.options.group_offsets), {n, n + 1}};
+    const index_t first = call_.first_head(n);
+    return {n, {first, first + call_.group_size(n)}};
   }
-  return pools;
-}
+
+ private:
+  [[nodiscard]] bool is_by_heads() const noexcept { return !call_.options.alibi_slopes.empty(); }
+
+  const Problem& call_;
+};
 
 /// Of those rows `count`, spread over all of them and over their heads in turn, in accumulators.
 template <class A>
@@ -108,14 +115,18 @@ void read_token(const Head& head, index_t t, A* key, A* value, index_t value_dim
   }
 }
 
-/// Appends all keys of a head to sequence n of a cache, with [v | k] as values if `means` says so.
+/// Appends all keys of a head to sequence n of a cache, with [v | k] as values if `means` says so. False after a
+/// capacity error where that returns; so do those below.
 template <class Head, class P>
-void pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {
+[[nodiscard]] bool pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {
   using A = std::conditional_t<std::is_same_v<P, accumulator_t<P>>, P, float>;
   const index_t dim = head.head_dim(), own_value_dim = head.value_dim(), value_dim = cache.value_dim();
-  std::vector<A> keys(static_cast<std::size_t>(tile_tokens * dim));
-  std::vector<A> values(static_cast<std::size_t>(tile_tokens * value_dim));
-  std::vector<typename Head::panel_element> scratch(static_cast<std::size_t>(head.scratch_elements()));
+  reporting_vector<A> keys, values;
+  reporting_vector<typename Head::panel_element> scratch;
+  if (!make_zeros(keys, static_cast<std::size_t>(tile_tokens * dim), "far keys") ||
+      !make_zeros(values, static_cast<std::size_t>(tile_tokens * value_dim), "far values") ||
+      !make_zeros(scratch, static_cast<std::size_t>(head.scratch_elements()), "far keys"))
+    return false;
   for (index_t first = 0; first < head.length(0); first += tile_tokens) {
     const index_t tokens = (std::min)(tile_tokens, head.length(0) - first);
     const auto for_each_token = [&](const auto& read) {
@@ -136,14 +147,18 @@ void pack_head(const Head& head, bool means, index_t n, kv_cache<P>& cache) {
     cache.append(n, tensor_view<const A, 4>(keys.data(), {1, tokens, 1, dim}),
                  tensor_view<const A, 4>(values.data(), {1, tokens, 1, value_dim}));
   }
+  return true;
 }
 
 /// Calls f(key), a row in accumulators, for the keys [0, end) of a head that `seen` leaves.
 template <class Head, class F>
-void for_each_key(const Head& head, const key_interval& seen, index_t end, const F& f) {
+[[nodiscard]] bool for_each_key(const Head& head, const key_interval& seen, index_t end, const F& f) {
   using A = accumulator_t<typename Head::panel_element>;
-  std::vector<A> key(static_cast<std::size_t>(head.head_dim()));
-  std::vector<typename Head::panel_element> scratch(static_cast<std::size_t>(head.scratch_elements()));
+  reporting_vector<A> key;
+  reporting_vector<typename Head::panel_element> scratch;
+  if (!make_zeros(key, static_cast<std::size_t>(head.head_dim()), "far keys") ||
+      !make_zeros(scratch, static_cast<std::size_t>(head.scratch_elements()), "far keys"))
+    return false;
   for (index_t first = 0; first < end; first += tile_tokens) {
     const std::uint64_t bits = seen.visible_bits(position{0, 0, 0, first}) & bits_between(0, end - first);
     if (bits == 0) continue;
@@ -159,38 +174,46 @@ void for_each_key(const Head& head, const key_interval& seen, index_t end, const
           [&](index_t t) { read_token_of(tile, t, head.head_dim(), head.value_dim(), key.data(), key.data(), 0); });
     }
   }
+  return true;
 }
 
-/// The largest distance of one of those keys from their mean, or else from 0, rounded up.
+/// The largest distance of one of those keys from their mean, or else from 0, rounded up; nothing after a capacity
+/// error where that returns.
 template <class Head>
-[[nodiscard]] double spread_of(const Head& head, const key_interval& seen, index_t end, bool from_mean) {
+[[nodiscard]] std::optional<double> spread_of(const Head& head, const key_interval& seen, index_t end, bool from_mean) {
   using A = accumulator_t<typename Head::panel_element>;
   const index_t dim = head.head_dim();
-  std::vector<A> centre(static_cast<std::size_t>(dim));  // near the mean: where it lies exactly does not matter
+  reporting_vector<A> centre;  // near the mean: where it lies exactly does not matter
+  reporting_vector<double> sum;
+  if (!make_zeros(centre, static_cast<std::size_t>(dim), "far keys") ||
+      !make_zeros(sum, static_cast<std::size_t>(dim), "far keys"))
+    return {};
   if (from_mean) {
-    std::vector<double> sum(centre.size());
     index_t count = 0;
-    for_each_key(head, seen, end, [&](const A* key) {
+    const bool done = for_each_key(head, seen, end, [&](const A* key) {
       ++count;
       for (index_t d = 0; d < dim; ++d) sum[static_cast<std::size_t>(d)] += static_cast<double>(key[d]);
     });
+    if (!done) return {};
     for (std::size_t d = 0; d < sum.size(); ++d)
       centre[d] = static_cast<A>(sum[d] / static_cast<double>(std::max<index_t>(count, 1)));
   }
   double largest = 0;
-  for_each_key(head, seen, end, [&](const A* key) {
+  const bool done = for_each_key(head, seen, end, [&](const A* key) {
     largest = (std::max)(largest, static_cast<double>(squared_distance(key, centre.data(), dim)));
   });
+  if (!done) return {};
   if (!(largest > 1e-25 && largest < 1e35)) {  // squares may have left the range of floats
     largest = 0;
-    for_each_key(head, seen, end, [&](const A* key) {
-      double sum = 0;
+    const bool done_again = for_each_key(head, seen, end, [&](const A* key) {
+      double squares = 0;
       for (index_t d = 0; d < dim; ++d) {
         const double x = static_cast<double>(key[d]) - static_cast<double>(centre[static_cast<std::size_t>(d)]);
-        sum += x * x;
+        squares += x * x;
       }
-      largest = (std::max)(largest, sum);
+      largest = (std::max)(largest, squares);
     });
+    if (!done_again) return {};
   }
   const double error = (static_cast<double>(dim) + 3) * static_cast<double>(std::numeric_limits<A>::epsilon());
   return std::sqrt(largest) * (1 + error);

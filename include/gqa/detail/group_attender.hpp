@@ -90,7 +90,7 @@ class group_attender {
     bool alone_too = false;  // also those of one row, whose result may not depend on whether others join it
   };
 
-  group_attender(const point_rows<A>& rows, const query_groups<A>& groups, const shape& dims,
+  group_attender(const point_rows<A>& rows, const groups_view<A>& groups, const shape& dims,
                  const groupwise_options& options, const sharing& shared, std::byte* memory) noexcept
       : x_(rows), groups_(groups), dims_(dims), options_(options), sharing_(shared) {
     for (index_t j = 0; j < groups.size(); ++j) {
@@ -104,7 +104,7 @@ class group_attender {
   }
 
   /// Scratch needed.
-  [[nodiscard]] static std::size_t bytes(const point_rows<A>& rows, const query_groups<A>& groups, const shape& dims,
+  [[nodiscard]] static std::size_t bytes(const point_rows<A>& rows, const groups_view<A>& groups, const shape& dims,
                                          const groupwise_options& options, const sharing& shared) noexcept {
     group_attender measured(rows, groups, dims, options, shared, nullptr);
     return measured.bytes_;
@@ -271,7 +271,7 @@ class group_attender {
   }
 
   point_rows<A> x_;
-  const query_groups<A>& groups_;
+  groups_view<A> groups_;
   shape dims_;
   const groupwise_options& options_;
   sharing sharing_;

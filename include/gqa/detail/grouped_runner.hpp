@@ -18,7 +18,6 @@
 #include <span>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
@@ -32,6 +31,7 @@
 #include <gqa/detail/part_of_source.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/problem.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/row_grouper.hpp>
 #include <gqa/grouped_options.hpp>
 #include <gqa/kv_cache.hpp>
@@ -61,7 +61,7 @@ class grouped_runner {
         report_(report),
         ctx_(ctx),
         problem_(problem_of<A>(q, kv, out, options.attention)),
-        pools_(head_pools_of(problem_)) {}
+        pools_(problem_) {}
 
   void run();
 
@@ -84,7 +84,7 @@ class grouped_runner {
 
   /// What a worker keeps from block to block.
   struct worker_state {
-    query_groups<A> groups, before;
+    groups_memory<A> groups, before;
     std::optional<kv_cache<A>> top;
   };
 
@@ -120,7 +120,8 @@ class grouped_runner {
   }
   [[nodiscard]] grouped_cost planned_cost(const block& k) const noexcept { return cost_of(k, planned_rows(k)); }
 
-  void list_blocks() {
+  /// False without memory; here and below an error was raised then.
+  [[nodiscard]] bool list_blocks() {
     const index_t together = options_.pool_batch ? problem_.shape.batch : 1;
     for (index_t b = 0; b < problem_.shape.batch; b += together) {
       const index_t keys = length(b), first = offset(b);
@@ -130,17 +131,20 @@ class grouped_runner {
         const index_t near_begin = std::clamp<index_t>(position - options_.window, 0, keys);
         const index_t after = position + options_.block + (options_.attention.causal ? 0 : options_.window);
         const key_range near{near_begin, std::clamp<index_t>(after, near_begin, keys)};
-        for (const auto& [g, heads] : pools_) {
+        for (index_t n = 0; n < pools_.size(); ++n) {
+          const auto [g, heads] = pools_[n];
           block k{g, {{b, b + together}, {begin, end}, heads}, near, keys, false, blocks_.size(), 0};
           const bool has_groups = !options_.strict_causal || begin > 0;
           const grouped_cost cost = planned_cost(k);
           const index_t groups = grouped_cost::covers(options_) ? 1 : cost.wanted_groups();
           k.exact = k.rows.size() == 0 || far_keys(k) <= 0 || !has_groups || !cost.pays(groups, 0);
-          blocks_.push_back(k);
+          if (!make_room(blocks_, blocks_.size() + 1, "blocks")) return false;
+          static_cast<void>(blocks_.push_back(k));
         }
         begin = end;
       }
     }
+    return true;
   }
 
   // Exact attention.
@@ -187,32 +191,33 @@ class grouped_runner {
     const auto is_exact = [](const block& k) { return k.exact; };
     if (std::all_of(blocks_.begin(), blocks_.end(), is_exact))
       return attention(q_, kv_, out_, options_.attention, ctx_);
-    for_each_run([&](std::size_t i) { return std::all_of(&blocks_[i], &blocks_[i] + pools_.size(), is_exact); },
+    const auto pools = static_cast<std::size_t>(pools_.size());
+    for_each_run([&](std::size_t i) { return std::all_of(&blocks_[i], &blocks_[i] + pools, is_exact); },
                  [&](const block& first, index_t end) {
                    attend_exactly(first, end, {0, problem_.shape.q_heads}, {0, problem_.shape.kv_heads});
                    for (block& k : blocks_) {
                      if (k.b() == first.b() && first.begin() <= k.begin() && k.end() <= end) k.exact = false;  // done
                    }
                  });
-    for (std::size_t n = 0; n < pools_.size(); ++n)
+    for (std::size_t n = 0; n < pools; ++n)
       for_each_run([&](std::size_t i) { return blocks_[i + n].exact; },
                    [&](const block& first, index_t end) {
-                     const auto& [g, heads] = pools_[n];
+                     const auto [g, heads] = pools_[static_cast<index_t>(n)];
                      if (heads.size() > 0) attend_exactly(first, end, heads, {g, g + 1});
                    });
   }
   /// Calls f(first block, end) for runs of neighbouring blocks of a sequence that belongs(number) takes.
   template <class Belongs, class F>
   void for_each_run(const Belongs& belongs, const F& f) {
+    const auto pools = static_cast<std::size_t>(pools_.size());
     for (std::size_t i = 0; i < blocks_.size();) {
       const block& first = blocks_[i];
       index_t end = first.begin();
-      for (; i < blocks_.size() && blocks_[i].b() == first.b() && belongs(i); i += pools_.size())
-        end = blocks_[i].end();
+      for (; i < blocks_.size() && blocks_[i].b() == first.b() && belongs(i); i += pools) end = blocks_[i].end();
       if (end > first.begin()) {
         f(first, end);
       } else {
-        i += pools_.size();
+        i += pools;
       }
     }
   }
@@ -237,11 +242,14 @@ class grouped_runner {
   // Grouped attention.
 
   void run_grouped() {
-    workers_.resize(static_cast<std::size_t>(ctx_.concurrency()));
-    if (options_.tolerance || report_ != nullptr) look_at_blocks();
-    std::vector<block*> work;
+    contexts_ = ctx_.detail_workers();
+    if (contexts_ == nullptr || !make_zeros(workers_, static_cast<std::size_t>(ctx_.concurrency()), "workers"))
+      return static_cast<void>(fail());
+    if ((options_.tolerance || report_ != nullptr) && !look_at_blocks()) return static_cast<void>(fail());
+    reporting_vector<block*> work;
+    if (!make_room(work, blocks_.size(), "blocks")) return static_cast<void>(fail());
     for (block& k : blocks_) {
-      if (!k.exact) work.push_back(&k);
+      if (!k.exact) static_cast<void>(work.push_back(&k));
     }
     // By (sequence, KV head), the blocks that see most keys first.
     std::sort(work.begin(), work.end(), [](const block* x, const block* y) {
@@ -252,8 +260,8 @@ class grouped_runner {
   }
 
   /// Blocks from `first` on, as many KV heads as fit packed_bytes; returns where it stopped.
-  std::size_t run_wave(const std::vector<block*>& work, std::size_t first) {
-    std::vector<std::size_t> heads;  // the first block of each
+  std::size_t run_wave(std::span<block* const> work, std::size_t first) {
+    reporting_vector<std::size_t> heads;  // the first block of each
     index_t most_keys = 0;
     std::size_t end = first;
     for (; end < work.size(); ++end) {
@@ -263,61 +271,65 @@ class grouped_runner {
       const double bytes = static_cast<double>(heads.size() + 1) * static_cast<double>(keys) *
                            static_cast<double>(problem_.shape.head_dim + far_value_dim()) * sizeof(P);
       if (bytes > packed_bytes && !heads.empty()) break;
-      heads.push_back(end);
+      if (!make_room(heads, heads.size() + 1, "heads")) return fail(), work.size();
+      static_cast<void>(heads.push_back(end));
       most_keys = keys;
     }
-    context* const contexts = ctx_.detail_workers();
     kv_cache<P> far(static_cast<index_t>(heads.size()), 1, most_keys, problem_.shape.head_dim, far_value_dim());
     if (far.batch() == 0) return fail(), work.size();
     ctx_.for_each(static_cast<index_t>(heads.size()), [&](index_t n, index_t) {
       const block& k = *work[heads[static_cast<std::size_t>(n)]];
-      pack_head(part_of_source<KV>(kv_, k.b(), k.g, 1, k.keys), needs_means(), n, far);
+      if (!pack_head(part_of_source<KV>(kv_, k.b(), k.g, 1, k.keys), needs_means(), n, far)) fail();
     });
+    if (failed_) return work.size();
     ctx_.for_each(static_cast<index_t>(end - first), [&](index_t task, index_t worker) {
       const std::size_t at = first + static_cast<std::size_t>(task);
       const auto head = std::upper_bound(heads.begin(), heads.end(), at) - heads.begin() - 1;
       block& k = *work[at];
       k.exact = !attend_block(k, part_of_source<kv_cache<P>>(far, head, 0, 1, k.keys),
-                              workers_[static_cast<std::size_t>(worker)], contexts[worker]);
+                              workers_[static_cast<std::size_t>(worker)], contexts_[worker]);
     });
     return end;
   }
 
   /// Before anything is packed: how far scores reach, and which blocks a tolerance leaves to the exact kernel.
-  void look_at_blocks() {
-    std::vector<std::pair<std::size_t, std::size_t>> runs;  // of blocks that see the same keys
+  [[nodiscard]] bool look_at_blocks() {
+    reporting_vector<std::pair<std::size_t, std::size_t>> runs;  // of blocks that see the same keys
     for (std::size_t first = 0, end = 0; first < blocks_.size(); first = end) {
       const auto has_keys_of_first = [&](const block& k) {
         return k.b() == blocks_[first].b() && k.g == blocks_[first].g && k.begin() == blocks_[first].begin();
       };
       while (end < blocks_.size() && has_keys_of_first(blocks_[end])) ++end;
       const bool is_needed = std::any_of(&blocks_[first], &blocks_[0] + end, [](const block& k) { return !k.exact; });
-      if (is_needed) runs.emplace_back(first, end);
+      if (!is_needed) continue;
+      if (!make_room(runs, runs.size() + 1, "blocks")) return false;
+      static_cast<void>(runs.push_back({first, end}));
     }
-    context* const contexts = ctx_.detail_workers();
     ctx_.for_each(static_cast<index_t>(runs.size()), [&](index_t n, index_t worker) {
       const auto [first, end] = runs[static_cast<std::size_t>(n)];
-      const double reach = reach_of(blocks_[first]);
+      const std::optional<double> reach = reach_of(blocks_[first]);
+      if (!reach) return static_cast<void>(fail());
       for (std::size_t i = first; i < end; ++i) {
-        blocks_[i].reach = reach;
+        blocks_[i].reach = *reach;
         if (!blocks_[i].exact)
-          blocks_[i].exact = !is_promising(blocks_[i], workers_[static_cast<std::size_t>(worker)], contexts[worker]);
+          blocks_[i].exact = !is_promising(blocks_[i], workers_[static_cast<std::size_t>(worker)], contexts_[worker]);
       }
     });
+    return true;
   }
   /// Whether a tolerance may be kept by groups that pay. A sample of the rows tells at little cost.
   bool is_promising(const block& k, worker_state& own, context& ctx) {
     const row_block rows = options_.strict_causal ? rows_before(k) : k.rows;
     if (!options_.tolerance || options_.always_group || rows.size() <= sampled_rows) return true;
     const error_watch watch;
-    context& calls = ctx.detail_workers()[0];
+    context* const calls = ctx.detail_workers();
     const auto elements = static_cast<std::size_t>(sampled_rows * round_up(problem_.shape.head_dim, 16));
     A* const memory = reinterpret_cast<A*>(ctx.detail_scratch(elements * sizeof(A)));
-    if (memory == nullptr) return fail();
+    if (calls == nullptr || memory == nullptr) return fail();
     grouping_options o = grouping_of(k);
     o.groups = (std::min)(o.groups, sampled_rows / 2);
     const point_rows<A> x = sample_queries(problem_.q, problem_.shape.head_dim, rows, sampled_rows, memory);
-    const bool grouped = group_rows_of(x, o, own.groups, calls) && keeps_tolerance(own.groups, o);
+    const bool grouped = group_rows_of(x, o, own.groups, *calls) && keeps_tolerance(own.groups, o);
     if (watch.failed()) return fail();
     return grouped;
   }
@@ -326,7 +338,9 @@ class grouped_runner {
   template <class Far>
   bool attend_block(const block& k, const Far& far, worker_state& own, context& ctx) {
     const error_watch watch;
-    context& calls = ctx.detail_workers()[0];
+    context* const calls_of_worker = ctx.detail_workers();
+    if (calls_of_worker == nullptr) return fail();
+    context& calls = *calls_of_worker;
     const index_t n = k.rows.size(), stride = round_up(problem_.shape.head_dim, 16),
                   value_dim = problem_.shape.value_dim;
     const index_t before = options_.strict_causal ? rows_before(k).size() : 0;
@@ -355,10 +369,11 @@ class grouped_runner {
     const attention_options& scores = options_.attention;
     const typename group_attender<A>::shape dims{problem_.shape.head_dim, value_dim, far_value_dim(), k.keys,
                                                  far_keys(k)};
-    std::byte* const memory = calls.detail_workers()[0].detail_scratch(
-        group_attender<A>::bytes(x, own.groups, dims, options_.groupwise, sharing));
+    const auto groups = groups_view<A>::of(own.groups);
+    std::byte* const memory =
+        calls.detail_scratch_aside(group_attender<A>::bytes(x, groups, dims, options_.groupwise, sharing));
     if (memory == nullptr) return fail();
-    group_attender<A> attender(x, own.groups, dims, options_.groupwise, sharing, memory);
+    group_attender<A> attender(x, groups, dims, options_.groupwise, sharing, memory);
     // Nothing about a block of a strict call is decided by all of its rows.
     const auto found = attender.counts();
     if (!options_.strict_causal && !planned_cost(k).pays(found.groups, found.alone)) return false;
@@ -376,8 +391,8 @@ class grouped_runner {
     attend_near(k, scratch, calls);
     if (watch.failed()) return fail();
     // 4. and 5. Combine the scores, apply.
+    if (report_ != nullptr && !describe(k, groups, attender)) return fail();
     write(k, scratch, terms);
-    if (report_ != nullptr) describe(k, own.groups, attender);
     return true;
   }
 
@@ -419,23 +434,22 @@ class grouped_runner {
     return o;
   }
   /// False if more groups than there may be would be needed for it.
-  [[nodiscard]] bool keeps_tolerance(const query_groups<A>& groups, const grouping_options& o) const {
+  [[nodiscard]] bool keeps_tolerance(const groups_memory<A>& groups, const grouping_options& o) const {
     return !options_.tolerance || std::all_of(groups.radii.begin(), groups.radii.end(), [&o](A r) {
       return static_cast<double>(r) <= o.radius || r == std::numeric_limits<A>::infinity();
     });
   }
-  [[nodiscard]] bool group(const block& k, const point_rows<A>& x, query_groups<A>& groups, context& calls) const {
+  [[nodiscard]] bool group(const block& k, const point_rows<A>& x, groups_memory<A>& groups, context& calls) const {
     const grouping_options o = grouping_of(k);
     return group_rows_of(x, o, groups, calls) && keeps_tolerance(groups, o);
   }
-  [[nodiscard]] static bool group_rows_of(const point_rows<A>& x, const grouping_options& o, query_groups<A>& groups,
+  [[nodiscard]] static bool group_rows_of(const point_rows<A>& x, const grouping_options& o, groups_memory<A>& groups,
                                           context& calls) {
     std::byte* const memory = calls.detail_scratch(row_grouper<A>::bytes(x.count, x.dim, o, 0, calls));
     if (memory == nullptr) return false;
     row_grouper<A> grouper(x, o, 0, calls, memory);
     grouper.by_content();
-    grouper.write(groups);
-    return true;
+    return grouper.write(groups);
   }
   /// Sends rows to the representatives of the block before; those too far from all attend for themselves. False if
   /// those representatives are too many.
@@ -444,8 +458,9 @@ class grouped_runner {
     const point_rows<A> before = pool_queries(problem_.q, problem_.shape.head_dim, rows_before(k), memory_of_before);
     if (!group(k, before, own.before, calls)) return false;
     // Those of rows that are not finite cannot be compared with.
-    index_t count = own.before.size();
-    while (count > 0 && own.before.radius(count - 1) == std::numeric_limits<A>::infinity()) --count;
+    auto count = static_cast<index_t>(own.before.radii.size());
+    while (count > 0 && own.before.radii[static_cast<std::size_t>(count - 1)] == std::numeric_limits<A>::infinity())
+      --count;
     if (count == 0 || !planned_cost(k).pays(count, 0)) return false;
     grouping_options o;
     o.groups = count;
@@ -455,24 +470,26 @@ class grouped_runner {
     row_grouper<A> grouper(x, o, count, calls, memory);
     grouper.by_representatives(
         std::span<const A>(own.before.representatives).first(static_cast<std::size_t>(count * x.dim)));
-    grouper.write(own.groups);
-    return true;
+    return grouper.write(own.groups);
   }
-  [[nodiscard]] static bool leave_alone(const point_rows<A>& x, query_groups<A>& groups) {
+  [[nodiscard]] static bool leave_alone(const point_rows<A>& x, groups_memory<A>& groups) {
+    if (!make_zeros(groups.order, static_cast<std::size_t>(x.count), "groups") ||
+        !make_room(groups.representatives, static_cast<std::size_t>(x.dim), "groups") ||
+        !make_room(groups.offsets, 2, "groups") || !make_room(groups.radii, 1, "groups"))
+      return false;
     groups.dim = x.dim;
-    groups.order.resize(static_cast<std::size_t>(x.count));
     for (std::size_t i = 0; i < groups.order.size(); ++i) groups.order[i] = static_cast<index_t>(i);
-    groups.offsets = {0, x.count};
-    groups.representatives.assign(x.row(0), x.row(0) + x.dim);
-    groups.radii = {std::numeric_limits<A>::infinity()};
-    return true;
+    return groups.offsets.assign({0, x.count}) && groups.representatives.assign(x.row(0), x.row(0) + x.dim) &&
+           groups.radii.assign({std::numeric_limits<A>::infinity()});
   }
 
   /// How far scores of rows one unit apart differ, but for what the softmax does not see. A softcap sees all of it.
-  [[nodiscard]] double reach_of(const block& k) const {
-    return std::abs(problem_.scale()) * spread_of(part_of_source<KV>(kv_, k.b(), k.g, 1, k.keys),
-                                                  key_interval(k.near, false), seen_keys(k),
-                                                  options_.attention.softcap == 0);
+  [[nodiscard]] std::optional<double> reach_of(const block& k) const {
+    const std::optional<double> spread =
+        spread_of(part_of_source<KV>(kv_, k.b(), k.g, 1, k.keys), key_interval(k.near, false), seen_keys(k),
+                  options_.attention.softcap == 0);
+    if (!spread) return {};
+    return std::abs(problem_.scale()) * *spread;
   }
   /// The radius of a group whose members' weights are off by at most the tolerance.
   [[nodiscard]] double largest_radius(double reach) const noexcept {
@@ -518,9 +535,10 @@ class grouped_runner {
     r.cost = r.exact_cost = cost.of_exact() + cost.of_near();
     return r;
   }
-  void describe(const block& k, const query_groups<A>& groups, const group_attender<A>& attender) {
+  [[nodiscard]] bool describe(const block& k, const groups_view<A>& groups, const group_attender<A>& attender) {
     block_report& r = report_->blocks[k.number];
     const groupwise_counts& counts = attender.counts();
+    if (!make_room(r.shared, static_cast<std::size_t>(counts.groups), "reports of groups")) return false;
     r.exact = false;
     r.groups = counts.groups, r.alone = counts.alone;
     r.products = counts.products;
@@ -539,6 +557,7 @@ class grouped_runner {
       sharing += members;
     });
     if (sharing > 0) r.retained_mass /= static_cast<double>(sharing);
+    return true;
   }
 
   const tensor_view<const Q, 4>& q_;
@@ -548,19 +567,20 @@ class grouped_runner {
   grouped_report* report_;
   context& ctx_;
   problem<A, A> problem_;
-  std::vector<head_pool> pools_;
-  std::vector<block> blocks_;  // by sequence, position, pool
-  std::vector<worker_state> workers_;
+  head_pools<problem<A, A>> pools_;
+  reporting_vector<block> blocks_;  // by sequence, position, pool
+  reporting_vector<worker_state> workers_;
+  context* contexts_ = nullptr;  // of the workers
   std::atomic<bool> failed_{false};
 };
 
 // Not in the class, as scheduler::run().
 template <class Q, class KV, class Out>
 void grouped_runner<Q, KV, Out>::run() {
-  list_blocks();
+  if (!list_blocks()) return;
   if (report_ != nullptr) {
     report_->blocks.clear();
-    report_->blocks.reserve(blocks_.size());
+    if (!make_room(report_->blocks, blocks_.size(), "reports of blocks")) return;
     for (const block& b : blocks_) report_->blocks.push_back(empty_report(b));
   }
   run_grouped();

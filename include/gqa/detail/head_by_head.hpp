@@ -52,20 +52,29 @@ class query_head_kv {
   std::span<const index_t> group_offsets_;
 };
 
-/// attention() under a mask of lists (block_sparse.hpp): by groups where a group's heads have one, else head by head.
+/// All that is wrong with a call under a mask of lists (block_sparse.hpp).
+template <class Queries, class Source, class Out, class Mask>
+[[nodiscard]] fault find_lists_fault(const Queries& q, const Source& kv, const Out& out, const Mask& mask,
+                                     const attention_options& options) noexcept {
+  if (const auto f = find_attention_fault(q, kv, out, options, mask)) return f;
+  const auto p = problem_of<accumulator_t<typename Source::panel_element>>(q, kv, out, options);
+  const call_shape& shape = p.shape;
+  for (index_t b = 0; b < shape.batch; ++b) {
+    const index_t keys = p.length(kv, b), first = p.query_offset(b, keys);
+    if (const auto f = mask.find_fault(shape.batch, shape.q_heads, {first, first + shape.q_len}, keys)) return f;
+  }
+  return {};
+}
+
+/// attention() under such a mask: by groups where a group's heads have one list, else head by head.
 template <class Queries, class Source, class Out, class Mask>
 void attend_by_lists(const Queries& q, const Source& kv, const Out& out, const Mask& mask,
                      const attention_options& options, context& ctx) {
   using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   require_dtypes<Q, Source, typename decltype(output_view(out))::value_type>();
-  if (const auto f = find_call_fault(rows_of(q), kv, out, options)) return raise(f);
-  if (const auto f = find_turns_fault(q)) return raise(f);
+  if (const auto f = find_lists_fault(q, kv, out, mask, options)) return raise(f);
   const auto p = problem_of<accumulator_t<typename Source::panel_element>>(q, kv, out, options);
   const call_shape& shape = p.shape;
-  for (index_t b = 0; b < shape.batch; ++b) {
-    const index_t keys = p.length(kv, b), first = p.query_offset(b, keys);
-    if (const auto f = mask.find_fault(shape.batch, shape.q_heads, {first, first + shape.q_len}, keys)) return raise(f);
-  }
   bool shares_lists = true;
   for (index_t g = 0; g < shape.kv_heads; ++g)
     shares_lists = shares_lists && mask.has_one_list({p.first_head(g), p.first_head(g) + p.group_size(g)});

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
 /// Floats on their way into a narrower type, those of turned rows as they are once turned: those that it does not reach
-/// are refused, with their place, before
-/// anything is stored. (A finite number that became infinite would make its whole row NaN, some steps later.)
+/// are refused, with their place, before anything is stored. (A finite number that became infinite would make its whole
+/// row NaN, some steps later.)
 ///
 /// half reaches to 65,504, bfloat16 to 3.39e38; what is below the midpoint between its largest number and the next
 /// power of two rounds down to it. Infinities and NaN are stored as they are. Of 8 bits any finite number is within
@@ -32,6 +32,12 @@ template <>
 inline constexpr std::uint32_t least_infinite_bits<Eigen::half> = std::bit_cast<std::uint32_t>(65520.0f);
 template <>
 inline constexpr std::uint32_t least_infinite_bits<Eigen::bfloat16> = 0x7f7f8000u;
+
+/// The largest number of T.
+template <class T>
+[[nodiscard]] double largest_of() noexcept {
+  return static_cast<double>(static_cast<T>(std::bit_cast<float>(least_infinite_bits<T> - 1)));
+}
 
 /// Whether a finite float of a row [dim] rounds to an infinite T.
 template <class T>
@@ -64,8 +70,7 @@ template <class T, class Rows>
             return make_fault(errc::range,
                               "%s[%lld, %lld, %lld, %lld]: expected a number that is finite in the cache's type (up to "
                               "%g), got %g",
-                              name, printable(b), printable(first + t), printable(g), printable(d),
-                              static_cast<double>(std::bit_cast<float>(least_infinite_bits<T> - 1)),
+                              name, printable(b), printable(first + t), printable(g), printable(d), largest_of<T>(),
                               static_cast<double>(row[d]));
           }
         }
@@ -75,10 +80,12 @@ template <class T, class Rows>
   return {};
 }
 
-/// The same of keys, as keys_of() gives them, and values on their way into a cache of T.
+/// The same of keys, as keys_of() gives them, and values on their way into a cache of T; and whether keys that are
+/// turned on it have the memory for that.
 template <class T, class Keys, class V>
 [[nodiscard]] fault find_narrowing_faults(Keys& keys, index_t head_dim, const tensor_view<V, 4>& v) noexcept {
   const index_t count = v.extent(0), tokens = v.extent(1), heads = v.extent(2);
+  if (!keys.is_ready()) return make_room_fault("keys that turn");
   if (const auto f = find_narrowing_fault<key_type<T>>("k", keys, count, tokens, heads, head_dim)) return f;
   plain_keys<std::remove_const_t<V>> values{tensor_view<const std::remove_const_t<V>, 4>(v)};
   return find_narrowing_fault<value_type<T>>("v", values, count, tokens, heads, v.extent(3));

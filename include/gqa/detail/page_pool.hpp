@@ -7,11 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
-#include <vector>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/key_bounds.hpp>
 #include <gqa/detail/memory_piece.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
@@ -22,15 +22,14 @@ class page_pool {
   /// Pages of so many elements and flags, all zeros. False if there is no memory.
   [[nodiscard]] bool build(index_t pages, index_t elements, index_t flags, std::pmr::memory_resource* memory) {
     const std::size_t bytes = static_cast<std::size_t>(pages * elements) * sizeof(T);
-    if (!memory_.allocate(bytes + static_cast<std::size_t>(pages * flags) + memory_piece::alignment, memory))
+    if (!owners_.resize(static_cast<std::size_t>(pages)) || !free_.resize(static_cast<std::size_t>(pages)) ||
+        !memory_.allocate(bytes + static_cast<std::size_t>(pages * flags) + memory_piece::alignment, memory))
       return false;
     elements_ = reinterpret_cast<T*>(memory_.data());
     flags_ = reinterpret_cast<std::uint8_t*>(memory_.data() + bytes);
     page_elements_ = elements, page_flags_ = flags;
     std::fill_n(elements_, pages * elements, T(0));
     std::fill_n(flags_, pages * flags, std::uint8_t{0});
-    owners_.assign(static_cast<std::size_t>(pages), 0);
-    free_.resize(static_cast<std::size_t>(pages));
     for (index_t page = 0; page < pages; ++page)  // the first is taken first
       free_[static_cast<std::size_t>(pages - 1 - page)] = static_cast<std::int32_t>(page);
     return true;
@@ -66,7 +65,8 @@ class page_pool {
   }
   void share(std::int32_t page) noexcept { ++owners_[static_cast<std::size_t>(page)]; }
   void release(std::int32_t page) noexcept {
-    if (--owners_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);  // there was room for all of them
+    if (--owners_[static_cast<std::size_t>(page)] == 0)
+      static_cast<void>(free_.push_back(page));  // there was room for all of them
   }
   /// A page of the same content in the place of one that is shared.
   [[nodiscard]] std::int32_t copy(std::int32_t page) noexcept {
@@ -85,8 +85,8 @@ class page_pool {
   index_t page_elements_ = 0, page_flags_ = 0;
   key_bounds<T> bounds_;  // [pages, bounds of a page], where they are kept
   index_t page_bounds_ = 0;
-  std::vector<std::int32_t> owners_;  // [pages]
-  std::vector<std::int32_t> free_;    // taken from the back
+  reporting_vector<std::int32_t> owners_;  // [pages]
+  reporting_vector<std::int32_t> free_;    // taken from the back
 };
 
 }  // namespace GQA_ISA

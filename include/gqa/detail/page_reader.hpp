@@ -30,6 +30,7 @@
 #include <gqa/detail/page_ranker.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/q8.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/score_bound.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/visibility.hpp>
@@ -132,17 +133,13 @@ class page_reader {
   template <class Out>
   void run(const Out& out, page_report* report) {
     const call_shape& shape = problem_.shape;
-    // Memory of the first worker's context: calls of this one do not use it.
-    context* const workers = ctx_.detail_workers();
-    const std::size_t bytes = carve(nullptr);
-    std::byte* const memory = workers[0].detail_scratch(bytes);
+    std::byte* const memory = ctx_.detail_scratch_aside(carve(nullptr));
     if (memory == nullptr) return;
     carve(memory);
     const error_watch watch;
     if (reads_all()) {
-      attend(q_, kv_, out, options_.attention, no_variant{}, ctx_);
-      if (report != nullptr && !watch.failed()) fill(*report, 1);
-      return;
+      if (report != nullptr && !fill(*report, 1)) return;
+      return attend(q_, kv_, out, options_.attention, no_variant{}, ctx_);
     }
     for_each_task([&](head_task& t) { choose_first(t); });
     attention_options of_round = options_.attention;
@@ -156,11 +153,11 @@ class page_reader {
       for_each_task([&](head_task& t) { choose_next(t); });
       any = std::any_of(wants_more_, wants_more_ + tasks(), [](std::uint8_t wants) { return wants != 0; });
     }
+    if (report != nullptr && !fill(*report, rounds)) return;
     for (index_t b = 0; b < shape.batch; ++b)
       for (index_t s = 0; s < shape.q_len; ++s)
         for (index_t h = 0; h < shape.q_heads; ++h)
           problem_.out.store_finished(b, s, h, shape.value_dim, &total_.out(b, s, h, 0), total_.lse(b, s, h));
-    if (report != nullptr) fill(*report, rounds);
   }
 
  private:
@@ -323,10 +320,14 @@ class page_reader {
     take_first(t, count);
   }
 
-  void fill(page_report& report, index_t rounds) const {
+  /// False after a capacity error, where that returns.
+  [[nodiscard]] bool fill(page_report& report, index_t rounds) const {
     const call_shape& shape = problem_.shape;
+    const char* const what = "page_report";
     report.rounds = rounds;
-    report.rows.resize(static_cast<std::size_t>(shape.batch * shape.q_len * shape.q_heads));
+    if (!make_zeros(report.rows, static_cast<std::size_t>(shape.batch * shape.q_len * shape.q_heads), what) ||
+        !make_room(report.read, static_cast<std::size_t>(tasks()), what))
+      return false;
     const double page_bytes = static_cast<double>(tile_elements<P>(shape.head_dim, shape.value_dim)) * sizeof(P) /
                               static_cast<double>(pages_of_tile());
     for (index_t n = 0; n < tasks(); ++n) {
@@ -335,17 +336,18 @@ class page_reader {
       report.bytes_read += static_cast<double>(read) * page_bytes;
       report.bytes_exact += static_cast<double>(pages) * page_bytes;
       if (!reads_all()) report.bytes_of_bounds += bounds_.bytes_of(t.of);
-      std::vector<index_t> all;
+      std::vector<index_t>& all = report.read.emplace_back();
+      if (!make_room(all, static_cast<std::size_t>(read), what)) return false;
       for (index_t page = t.pages.begin; page < t.pages.end; ++page) {
         if (read == pages || t.ranker.is_read(page - t.pages.begin)) all.push_back(page);
       }
-      report.read.push_back(std::move(all));
       for (index_t r = 0; r < t.of.rows; ++r) {
         const double rest = read == pages ? 0 : t.ranker.rest(r) * (1 + 0x1p-16);
         const double dropped = rest == 0 ? 0 : rest / (rest + mass_read(t, r));
         report.rows[static_cast<std::size_t>(place_of(t, r).at)] = {dropped, read, pages};
       }
     }
+    return true;
   }
 
   const Queries& q_;
@@ -379,16 +381,22 @@ class page_reader {
   return {};
 }
 
-/// find_fault(): why bounds do not fit the call, which has passed all other checks.
+/// All that is wrong with a call. find_fault(): why bounds do not fit it, once it has passed all other checks.
+template <class Queries, class Source, class Out, class FindFault>
+[[nodiscard]] fault find_pages_fault(const Queries& q, const Source& kv, const Out& out, const page_options& options,
+                                     const FindFault& find_fault) noexcept {
+  if (const auto f = find_attention_fault(q, kv, out, options.attention, no_variant{})) return f;
+  if (const auto f = find_page_fault(options)) return f;
+  return find_fault();
+}
+
 template <template <class, class> class BoundsOf, class Queries, class Source, class From, class Out, class FindFault>
 void attend_pages(const Queries& q, const Source& kv, const From& from, const Out& out, const page_options& options,
                   context& ctx, page_report* report, const FindFault& find_fault) {
   using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
   using P = typename Source::panel_element;
   require_dtypes<Q, Source, typename decltype(output_view(out))::value_type>();
-  if (const auto f = find_plain_fault(q, kv, out, options.attention)) return raise(f);
-  if (const auto f = find_page_fault(options)) return raise(f);
-  if (const auto f = find_fault()) return raise(f);
+  if (const auto f = find_pages_fault(q, kv, out, options, find_fault)) return raise(f);
   if (report != nullptr) {
     *report = {};
     report->page_tokens = BoundsOf<accumulator_t<P>, From>::page_tokens();

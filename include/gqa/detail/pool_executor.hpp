@@ -12,26 +12,32 @@
 #include <condition_variable>
 #include <cstddef>
 #include <mutex>
-#include <vector>
+#include <new>
 
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/task.hpp>
 
 namespace gqa::detail {
 
 class pool_executor {
  public:
-  explicit pool_executor(Eigen::ThreadPoolInterface& pool) : pool_(pool), state_(new state) {
+  explicit pool_executor(Eigen::ThreadPoolInterface& pool) noexcept : pool_(pool), state_(new (std::nothrow) state) {
     const index_t helpers = (std::max)(pool.NumThreads(), 1) - 1;
-    state_->free_workers.reserve(static_cast<std::size_t>(helpers));
-    for (index_t worker = helpers; worker >= 1; --worker) state_->free_workers.push_back(worker);
+    if (state_ == nullptr || !state_->free_workers.reserve(static_cast<std::size_t>(helpers))) return;
+    for (index_t worker = helpers; worker >= 1; --worker) static_cast<void>(state_->free_workers.push_back(worker));
     concurrency_ = helpers + 1;
   }
   pool_executor(const pool_executor&) = delete;
   pool_executor& operator=(const pool_executor&) = delete;
-  ~pool_executor() { release(state_); }
+  ~pool_executor() {
+    if (state_ != nullptr) release(state_);
+  }
+
+  /// Whether there was memory for it; else it can run nothing.
+  [[nodiscard]] bool is_ready() const noexcept { return concurrency_ > 0; }
 
   [[nodiscard]] index_t concurrency() const noexcept { return concurrency_; }
 
@@ -64,7 +70,7 @@ class pool_executor {
     index_t active = 0;      // helpers running tasks of `job`
     index_t queued = 0;      // helpers scheduled and not yet started
     index_t references = 1;  // the executor and every scheduled helper
-    std::vector<index_t> free_workers;
+    reporting_vector<index_t> free_workers;
 
     void drain(const task_ref& task, index_t worker) {
       for (index_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(i, worker);
@@ -97,7 +103,7 @@ class pool_executor {
         lock.unlock();
         s->drain(task, worker);
         lock.lock();
-        s->free_workers.push_back(worker);
+        static_cast<void>(s->free_workers.push_back(worker));  // which was there before
         if (--s->active == 0) s->idle.notify_one();
       }
     }
@@ -115,7 +121,7 @@ class pool_executor {
 
   Eigen::ThreadPoolInterface& pool_;
   state* state_;
-  index_t concurrency_ = 1;
+  index_t concurrency_ = 0;
 };
 
 }  // namespace gqa::detail

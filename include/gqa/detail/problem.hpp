@@ -58,12 +58,24 @@ struct query_rows {
                 index_t d = 0;
                 for (; d + packet_size<A> <= dim; d += packet_size<A>) {
                   const packet<A> x = load_as<A>(row + d);
-                  store_as<A>(to + d, factor == 1 ? x : scaled<A>(x, factor));
+                  store_as<A>(to + d, in_range_of_left(factor == 1 ? x : scaled<A>(x, factor)));
                 }
-                for (; d < dim; ++d)
-                  to[d] = static_cast<L>(static_cast<A>(static_cast<double>(static_cast<A>(row[d])) * factor));
+                for (; d < dim; ++d) {
+                  const double x = static_cast<double>(static_cast<A>(row[d])) * factor;
+                  to[d] = static_cast<L>(in_range_of_left(static_cast<A>(x)));
+                }
               }
             }};
+  }
+
+  /// What rounding to L may take.
+  template <class X>
+  [[nodiscard]] static X in_range_of_left(const X& x) noexcept {
+    if constexpr (std::is_same_v<L, Eigen::bfloat16>) {
+      return held_in_bfloat16(x);
+    } else {
+      return x;
+    }
   }
 
   template <class Q>
@@ -169,6 +181,14 @@ struct ragged_rows {
   return std::upper_bound(group_offsets.begin(), group_offsets.end(), q_head) - group_offsets.begin() - 1;
 }
 
+/// Absolute position of the first of q_len queries of sequence b, given its number of valid keys.
+[[nodiscard]] inline index_t first_position(const attention_options& options, index_t b, index_t keys,
+                                            index_t q_len) noexcept {
+  if (options.query_offset) return *options.query_offset;
+  if (!options.query_offsets.empty()) return options.query_offsets[static_cast<std::size_t>(b)];
+  return keys - q_len;
+}
+
 /// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
 template <class A, class L>
 struct problem {
@@ -212,11 +232,8 @@ struct problem {
     return ragged.q_offsets.empty() ? s : ragged.q_offsets[static_cast<std::size_t>(b)] + s;
   }
 
-  /// Absolute position of a sequence's first query, given its number of valid keys.
   [[nodiscard]] index_t query_offset(index_t b, index_t length) const noexcept {
-    if (options.query_offset) return *options.query_offset;
-    if (!options.query_offsets.empty()) return options.query_offsets[static_cast<std::size_t>(b)];
-    return length - q_len(b);
+    return first_position(options, b, length, q_len(b));
   }
 
  private:

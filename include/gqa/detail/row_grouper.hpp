@@ -23,6 +23,7 @@
 #include <gqa/detail/nearest.hpp>
 #include <gqa/detail/plan.hpp>
 #include <gqa/detail/random.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/query_groups.hpp>
 
 namespace gqa::detail {
@@ -101,19 +102,21 @@ class row_grouper {
     represented_by_rows_ = true;
   }
 
-  /// The groups of the labels: in the order of their numbers, without empty ones; rows that are not finite last.
-  void write(query_groups<A>& groups) {
+  /// The groups of the labels, into query_groups or groups_memory: in the order of their numbers, without empty ones;
+  /// rows that are not finite last. False after a capacity error where that returns; the groups stay what they were.
+  template <class Groups>
+  [[nodiscard]] bool write(Groups& groups) {
     const index_t left_out = number_groups();
-    // All that may fail comes first: groups keep what they hold then.
-    groups.order.reserve(static_cast<std::size_t>(x_.count));
-    groups.offsets.reserve(static_cast<std::size_t>(count_ + 1));
-    groups.representatives.reserve(static_cast<std::size_t>(count_ * x_.dim));
-    groups.radii.reserve(static_cast<std::size_t>(count_));
+    const auto rows = static_cast<std::size_t>(x_.count), count = static_cast<std::size_t>(count_);
+    const auto elements = static_cast<std::size_t>(count_ * x_.dim);
+    if (!make_room(groups.order, rows, "groups") || !make_room(groups.offsets, count + 1, "groups") ||
+        !make_room(groups.representatives, elements, "groups") || !make_room(groups.radii, count, "groups"))
+      return false;
     groups.dim = x_.dim;
-    groups.order.assign(order_, order_ + x_.count);
-    groups.offsets.assign(offsets_, offsets_ + count_ + 1);
-    groups.representatives.resize(static_cast<std::size_t>(count_ * x_.dim));
-    groups.radii.resize(static_cast<std::size_t>(count_));
+    static_cast<void>(groups.order.assign(order_, order_ + rows));
+    static_cast<void>(groups.offsets.assign(offsets_, offsets_ + count + 1));
+    static_cast<void>(groups.representatives.resize(elements));
+    static_cast<void>(groups.radii.resize(count));
     for_each(count_, x_.count / std::max<index_t>(count_, 1) * x_.dim, [&](index_t j, index_t worker) {
       A* const to = groups.representatives.data() + j * x_.dim;
       const bool measurable = j < count_ - left_out;
@@ -121,6 +124,7 @@ class row_grouper {
           measurable ? represent(j, to, worker) : std::numeric_limits<A>::infinity();
       if (!measurable) std::copy_n(x_.row(order_[offsets_[j]]), x_.dim, to);
     });
+    return true;
   }
 
  private:

@@ -24,6 +24,7 @@
 #include <gqa/detail/narrowing.hpp>
 #include <gqa/detail/pack.hpp>
 #include <gqa/detail/q8.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/tile.hpp>
 #include <gqa/detail/turned.hpp>
 #include <gqa/error.hpp>
@@ -350,7 +351,8 @@ std::vector<X> tiled_cache<T>::row(index_t sequence, index_t position, index_t h
   }
   const kv_tile<T> from = tile(sequence, head, position / tile_tokens, 0, nullptr);
   const auto panel = static_cast<std::size_t>(position % tile_tokens / panel_tokens);
-  std::vector<X> elements(static_cast<std::size_t>(dim));
+  std::vector<X> elements;
+  if (!make_zeros(elements, static_cast<std::size_t>(dim), "elements")) return {};
   for (index_t d = 0; d < dim; ++d) elements[static_cast<std::size_t>(d)] = element_of(from, panel, d);
   return elements;
 }

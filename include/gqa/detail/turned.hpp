@@ -6,10 +6,10 @@
 #include <cstddef>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <gqa/config.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/rows.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile.hpp>
@@ -113,6 +113,7 @@ class plain_keys {
  public:
   using element = K;
   explicit plain_keys(const tensor_view<const K, 4>& k) noexcept : k_(without_idle_strides(k)) {}
+  [[nodiscard]] static constexpr bool is_ready() noexcept { return true; }
   [[nodiscard]] head_rows<K> operator()(index_t b, index_t t, index_t g, index_t) const noexcept {
     return {&k_(b, t, g, 0), k_.stride(1)};
   }
@@ -127,7 +128,11 @@ class turned_keys {
  public:
   using element = K;
   turned_keys(const tensor_view<const K, 4>& k, const rope_turns<A>& turns)
-      : k_(without_idle_strides(k)), turns_(turns), rows_(static_cast<std::size_t>(panel_tokens * k.extent(3))) {}
+      : k_(without_idle_strides(k)),
+        turns_(turns),
+        is_ready_(rows_.resize(static_cast<std::size_t>(panel_tokens * k.extent(3)))) {}
+  /// Whether there was memory for a panel's.
+  [[nodiscard]] bool is_ready() const noexcept { return is_ready_; }
   [[nodiscard]] head_rows<A> operator()(index_t b, index_t t, index_t g, index_t count) noexcept {
     const index_t dim = k_.extent(3);
     for (index_t i = 0; i < count; ++i)
@@ -138,7 +143,8 @@ class turned_keys {
  private:
   tensor_view<const K, 4> k_;
   const rope_turns<A>& turns_;
-  std::vector<A> rows_;
+  reporting_vector<A> rows_;
+  bool is_ready_;
 };
 
 template <class K>

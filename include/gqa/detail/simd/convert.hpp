@@ -4,7 +4,9 @@
 /// even and keeps denormal numbers.
 #pragma once
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -89,6 +91,18 @@ typedef std::uint32_t packet_words __attribute__((vector_size(sizeof(packet<floa
   const packet_words quiet = words | 0x400000u;  // a NaN: the addition could carry it into infinity or past it
   const auto is_nan = std::bit_cast<packet_words>((words & 0x7fffffffu) > 0x7f800000u);
   return packet_of(((rounded & ~is_nan) | (quiet & is_nan)) & 0xffff0000u);
+}
+
+/// The same, of finite numbers that would round to infinity the largest bfloat16. (In a vector of queries one such
+/// number would make the row NaN.)
+[[nodiscard]] inline packet<float> held_in_bfloat16(const packet<float>& x) noexcept {
+  const packet_words words = words_of(x);
+  const auto leaves = std::bit_cast<packet_words>((words & 0x7fffffffu) - 0x7f7f8000u < 0x8000u);
+  return packet_of((words & ~leaves) | (((words & 0x80000000u) | 0x7f7f0000u) & leaves));
+}
+[[nodiscard]] inline float held_in_bfloat16(float x) noexcept {
+  constexpr float most = std::bit_cast<float>(0x7f7f0000u);
+  return std::isfinite(x) ? std::clamp(x, -most, most) : x;
 }
 
 /// A packet as elements of T in memory, rounded to nearest even. Generic: lane by lane.
