@@ -233,8 +233,9 @@ class block_sparse_mask {
     block_sparse_mask mask(shape);
     Tiles tiles;
     const bool done = mask.for_each_row([&](index_t list, key_range queries) {
-      if (!detail::make_zeros(tiles, static_cast<std::size_t>(mask.tiles_seen_by(queries)), "lists of a mask"))
-        return false;
+      const auto seen = static_cast<std::size_t>(mask.tiles_seen_by(queries));
+      if (!detail::has_room(tiles, seen)) return false;
+      static_cast<void>(tiles.resize(seen));
       std::iota(tiles.begin(), tiles.end(), index_t{0});
       choose(list, queries, tiles);
       return std::all_of(tiles.begin(), tiles.end(), [&](index_t tile) { return mask.add_tile(tile); });

@@ -124,33 +124,37 @@ class reporting_vector {
   return make_fault(errc::capacity, "%s: expected memory for them, got none", what);
 }
 
-/// Room for n elements, or a capacity error: false where that returns.
+/// Room for n elements; false if there is no memory.
 template <class T>
-[[nodiscard]] bool make_room(reporting_vector<T>& list, std::size_t n, const char* what) {
-  if (list.reserve(n)) return true;
-  raise(make_room_fault(what));
-  return false;
+[[nodiscard]] bool has_room(reporting_vector<T>& list, std::size_t n) noexcept {
+  return list.reserve(n);
 }
 /// The same of a result, which is a standard vector. Without exceptions that would end the program where it gets no
 /// memory; so as much is asked for before, in a way that reports. (Nobody can promise that it is still there then.)
 template <class T>
-[[nodiscard]] bool make_room(std::vector<T>& list, std::size_t n, const char* what) {
+[[nodiscard]] bool has_room(std::vector<T>& list, std::size_t n) noexcept {
   if (n <= list.capacity()) return true;
 #ifdef GQA_NO_EXCEPTIONS
   reporting_vector<T> asked;
-  const bool is_there = n <= list.max_size() && asked.reserve(n);
+  if (n > list.max_size() || !asked.reserve(n)) return false;
   asked = {};
-  if (is_there) list.reserve(n);
+  list.reserve(n);
 #else
-  bool is_there = false;
   try {
     list.reserve(n);
-    is_there = true;
   } catch (const std::exception&) {  // told as a capacity error
+    return false;
   }
 #endif
-  if (!is_there) raise(make_room_fault(what));
-  return is_there;
+  return true;
+}
+
+/// Room for n elements, or a capacity error: false where that returns.
+template <class List>
+[[nodiscard]] bool make_room(List& list, std::size_t n, const char* what) {
+  if (has_room(list, n)) return true;
+  raise(make_room_fault(what));
+  return false;
 }
 /// n elements of zeros, in the place of what there was.
 template <class List>
