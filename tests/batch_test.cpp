@@ -16,6 +16,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/doors.hpp"
 #include "support/kernels.hpp"
 #include "support/pages.hpp"
 #include "support/ragged.hpp"
@@ -428,6 +429,31 @@ TEST(Batch, RefusesPositionsThatDoNotFit) {
     EXPECT_EQ(code, positions.size() == 4 ? errc::shape : errc::range);
     EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
   }
+}
+
+TEST(Batch, HasChecks) {
+  const std::vector<index_t> offsets{0, 2};
+  const std::vector<sequence_id> sequences{sequence_id{0}};
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, offsets, c.cache, sequences, c.out, {.common = c.options}); },
+      [&](door_operands& c, context& ctx) {
+        batch_attention(c.q, offsets, c.cache, sequences, c.out, {.common = c.options}, ctx);
+      });
+  // Of a ring whose queries see what is gone, by their masks, which a check asks, too.
+  ring_kv_cache<float> ring(1, door_operands::kv_heads, 4, 60, door_operands::dim);
+  door_operands c;
+  for (index_t t = 0; t < 300; ++t) {
+    const auto one = view(c.k_data.data(), {1, 1, door_operands::kv_heads, door_operands::dim});
+    ring.append(one, one);
+  }
+  c.options.causal = true;
+  EXPECT_EQ(check(c.q, offsets, ring, sequences, c.out, {.common = c.options}), errc::range);
+  c.options.window = {20, 0};
+  EXPECT_EQ(check(c.q, offsets, ring, sequences, c.out, {.common = c.options}), errc::ok);
+  c.options.window = {};
+  EXPECT_EQ(check(c.q, offsets, ring, sequences, c.out, {.common = c.options}, sliding_window(20, 0)), errc::ok);
+  EXPECT_EQ(check(c.q, ring, c.out, c.options), errc::range);
+  EXPECT_EQ(check(c.q, ring, c.out, c.options, sliding_window(20, 0)), errc::ok);
 }
 
 }  // namespace

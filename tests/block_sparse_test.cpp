@@ -14,6 +14,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/doors.hpp"
 #include "support/refusal.hpp"
 
 namespace gqa::test {
@@ -517,6 +518,13 @@ TEST(BlockSparseMask, OfPairsHasWholeTilesUpToTheDiagonal) {
       block_sparse_mask::from_pairs(shape, [](index_t, index_t q, index_t key) { return key <= q && key != 70; });
   EXPECT_EQ(holed.visible(key_block{0, 0, 1, 64, 128, 0, 64}), visibility::all);
   EXPECT_EQ(holed.visible(key_block{0, 0, 1, 64, 128, 64, 128}), visibility::some);
+}
+
+TEST(BlockSparse, HasACheck) {
+  const auto lists = a_shape({.q_len = 2, .kv_len = door_operands::tokens}, 4, 30);
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, c.cache, c.out, lists, c.options); },
+      [&](door_operands& c, context& ctx) { block_sparse_attention(c.q, c.cache, c.out, lists, c.options, ctx); });
 }
 
 }  // namespace

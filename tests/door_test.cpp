@@ -7,13 +7,13 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <gqa/gqa.hpp>
 
+#include "support/doors.hpp"
+#include "support/kernels.hpp"
 #include "support/refusal.hpp"
 
 namespace gqa::test {
@@ -200,182 +200,10 @@ TEST(Doors, OfProjectedKeys) {
 }
 
 // Strides of axes with one index are never stepped over: any number will do, for log-sum-exps as for outputs.
-// The operands of every call of attention, whatever its kind, for a test to spoil.
-struct operands_of_all {
-  static constexpr index_t tokens = 100, heads = 4, kv_heads = 2, dim = 16;
-
-  std::vector<float> q_data = std::vector<float>(2 * heads * dim, 0.5f);
-  std::vector<float> out_data = std::vector<float>(2 * heads * dim, -7.0f),
-                     lse_data = std::vector<float>(2 * heads, -7.0f);
-  std::vector<float> k_data = std::vector<float>(tokens * kv_heads * dim, 0.25f);
-  std::vector<float> projection_data = std::vector<float>(heads * 4 * dim, 0.125f);
-  tensor_view<const float, 4> q{q_data.data(), {1, 2, heads, dim}}, k{k_data.data(), {1, tokens, kv_heads, dim}};
-  partial_state<float> out{tensor_view<float, 4>(out_data.data(), {1, 2, heads, dim}),
-                           tensor_view<float, 3>(lse_data.data(), {1, 2, heads})};
-  attention_options options;
-  kv_cache<float> cache{1, kv_heads, tokens, dim};
-  ring_kv_cache<float> ring{1, kv_heads, 4, 60, dim};
-  projected_keys<float> few{kv_view(k, k), {.rank = 2}};
-  latent_kv_cache<float> latent{1, tokens, dim, dim};
-  latent_projections projections{tensor_view<const float, 3>(projection_data.data(), {heads, dim, dim}, {0, 0, 1}),
-                                 tensor_view<const float, 3>(projection_data.data(), {heads, dim, dim}, {0, 0, 1})};
-  rope embedding{dim};
-  block_sparse_mask lists = a_shape({.q_len = 2, .kv_len = tokens}, 4, 30);
-  std::vector<query_groups<float>> groups = std::vector<query_groups<float>>(kv_heads);
-  std::vector<index_t> offsets{0, 2};
-  std::vector<sequence_id> sequences{sequence_id{0}};
-
-  operands_of_all() {
-    context ctx;
-    cache.append(k, k), cache.keep_key_bounds();
-    for (index_t t = 0; t < tokens; ++t) {
-      const auto one = view(k_data.data() + t * kv_heads * dim, {1, 1, kv_heads, dim});
-      ring.append(one, one);
-    }
-    latent.append(view(k_data.data(), {1, tokens, 1, dim}));
-    for (query_groups<float>& set : groups)
-      group_queries(tensor_view<const float, 2>(q_data.data(), {4, dim}), {.groups = 2}, set, ctx);
-  }
-  std::span<const query_groups<float>> sets() const { return groups; }
-};
-
-// A call, and its check.
-struct checked_door {
-  const char* name;
-  errc (*check)(const operands_of_all&);
-  void (*call)(operands_of_all&, context&);
-};
-const std::array doors{
-    checked_door{"attention", [](const operands_of_all& c) { return check(c.q, c.cache, c.out, c.options); },
-                 [](operands_of_all& c, context& ctx) { attention(c.q, c.cache, c.out, c.options, ctx); }},
-    checked_door{
-        "attention with a variant",
-        [](const operands_of_all& c) { return check(c.q, c.ring, c.out, c.options, sliding_window(8, 0)); },
-        [](operands_of_all& c, context& ctx) { attention(c.q, c.ring, c.out, c.options, sliding_window(8, 0), ctx); }},
-    checked_door{"batch_attention",
-                 [](const operands_of_all& c) {
-                   return check(c.q, c.offsets, c.ring, c.sequences, c.out, {.common = c.options});
-                 },
-                 [](operands_of_all& c, context& ctx) {
-                   batch_attention(c.q, c.offsets, c.ring, c.sequences, c.out, {.common = c.options}, ctx);
-                 }},
-    checked_door{"batch_attention with a variant",
-                 [](const operands_of_all& c) {
-                   return check(c.q, c.offsets, c.cache, c.sequences, c.out, {.common = c.options},
-                                sliding_window(8, 0));
-                 },
-                 [](operands_of_all& c, context& ctx) {
-                   batch_attention(c.q, c.offsets, c.cache, c.sequences, c.out, {.common = c.options},
-                                   sliding_window(8, 0), ctx);
-                 }},
-    checked_door{
-        "block_sparse_attention",
-        [](const operands_of_all& c) { return check(c.q, c.cache, c.out, c.lists, c.options); },
-        [](operands_of_all& c, context& ctx) { block_sparse_attention(c.q, c.cache, c.out, c.lists, c.options, ctx); }},
-    checked_door{
-        "page_attention",
-        [](const operands_of_all& c) { return check(c.q, c.cache, c.out, page_options{.attention = c.options}); },
-        [](operands_of_all& c, context& ctx) { page_attention(c.q, c.cache, c.out, {.attention = c.options}, ctx); }},
-    checked_door{"projected_attention",
-                 [](const operands_of_all& c) {
-                   return check(c.q, c.cache, c.few, c.out, page_options{.attention = c.options});
-                 },
-                 [](operands_of_all& c, context& ctx) {
-                   projected_attention(c.q, c.cache, c.few, c.out, {.attention = c.options}, ctx);
-                 }},
-    checked_door{
-        "streaming_attention",
-        [](const operands_of_all& c) { return check(c.q, c.embedding, c.ring, c.out, c.options); },
-        [](operands_of_all& c, context& ctx) { streaming_attention(c.q, c.embedding, c.ring, c.out, c.options, ctx); }},
-    checked_door{"latent_attention",
-                 [](const operands_of_all& c) {
-                   return check(c.q, tensor_view<const float, 4>(c.q.data(), {1, 2, c.q.extent(2), 0}), c.latent,
-                                c.projections, c.out.out, {.attention = c.options});
-                 },
-                 [](operands_of_all& c, context& ctx) {
-                   latent_attention(c.q, tensor_view<const float, 4>(c.q.data(), {1, 2, c.q.extent(2), 0}), c.latent,
-                                    c.projections, c.out.out, {.attention = c.options}, ctx);
-                 }},
-    checked_door{
-        "grouped_attention",
-        [](const operands_of_all& c) { return check(c.q, c.k, c.k, c.out, grouped_options{.attention = c.options}); },
-        [](operands_of_all& c, context& ctx) {
-          grouped_attention(c.q, c.k, c.k, c.out, {.attention = c.options}, ctx);
-        }},
-    checked_door{"groupwise_attention",
-                 [](const operands_of_all& c) { return check(c.q, c.k, c.k, c.sets(), c.out, c.options, {}); },
-                 [](operands_of_all& c, context& ctx) {
-                   groupwise_attention(c.q, c.k, c.k, c.sets(), c.out, c.options, {}, ctx);
-                 }},
-    checked_door{"within_group_attention",
-                 [](const operands_of_all& c) { return check(c.q, c.k, c.k, c.sets(), c.out, c.options); },
-                 [](operands_of_all& c, context& ctx) {
-                   within_group_attention(c.q, c.k, c.k, c.sets(), c.out, c.options, ctx);
-                 }},
-};
-
-// What no call takes, and what some do: each check says what its call is refused with, if it is.
-TEST(Doors, HaveChecksThatSayTheSame) {
-  using spoil = void (*)(operands_of_all&);
-  static const std::vector<index_t> too_many{101}, zero_offset{0};
-  static const std::vector<float> slopes(4, 0.5f);
-  static const bool hides[1] = {};
-  const std::array<std::pair<spoil, bool>, 14> spoils{{
-      // Refused by all.
-      {[](operands_of_all& c) {
-         c.q = tensor_view<const float, 4>(c.q_data.data(), {1, 2, 4, 15}, {0, 64, 16, 1});
-       },
-       true},
-      {[](operands_of_all& c) {
-         c.q = tensor_view<const float, 4>(nullptr, {1, 2, 4, 16});
-       },
-       true},
-      {[](operands_of_all& c) {
-         c.out.out = tensor_view<float, 4>(c.q_data.data(), {1, 2, 4, 16});
-       },
-       true},
-      {[](operands_of_all& c) {
-         c.out.out = tensor_view<float, 4>(c.out_data.data(), {1, 2, 4, 16}, {0, 0, 16, 1});
-       },
-       true},
-      {[](operands_of_all& c) { c.options.scale = std::numeric_limits<double>::quiet_NaN(); }, true},
-      {[](operands_of_all& c) { c.options.softcap = -1; }, true},
-      {[](operands_of_all& c) { c.options.kv_lengths = too_many; }, true},
-      {[](operands_of_all& c) { c.options.query_offset = huge; }, true},
-      // By some.
-      {[](operands_of_all&) {}, false},
-      {[](operands_of_all& c) { c.options.causal = true; }, false},
-      {[](operands_of_all& c) {
-         c.options.query_offset = 98, c.options.window = {8, 0};
-       },
-       false},
-      {[](operands_of_all& c) { c.options.alibi_slopes = slopes; }, false},
-      {[](operands_of_all& c) {
-         c.options.mask = tensor_view<const bool, 4>(hides, {1, 1, 2, 100}, {0, 0, 0, 0});
-       },
-       false},
-      {[](operands_of_all& c) { c.options.query_offsets = zero_offset; }, false},
-  }};
-  for (const checked_door& door : doors) {
-    int taken = 0;
-    for (std::size_t n = 0; n < spoils.size(); ++n) {
-      operands_of_all c;
-      spoils[n].first(c);
-      const errc said = door.check(c);
-      context ctx;
-      const refusal r = refusal_of([&] { door.call(c, ctx); });
-      EXPECT_EQ(said, r.code) << door.name << ", " << n << ": " << r.message;
-      if (spoils[n].second) {
-        EXPECT_NE(said, errc::ok) << door.name << ", " << n;
-      }
-      taken += said == errc::ok ? 1 : 0;
-      if (said != errc::ok) {
-        EXPECT_EQ(c.out_data, std::vector<float>(c.out_data.size(), -7.0f)) << door.name << ", " << n;
-      }
-    }
-    EXPECT_GT(taken, 0) << door.name;
-  }
-  operands_of_all c;
+TEST(Doors, OfAttentionAndMergesHaveChecks) {
+  expect_check_says_the_same([](const door_operands& c) { return check(c.q, c.cache, c.out, c.options); },
+                             [](door_operands& c, context& ctx) { attention(c.q, c.cache, c.out, c.options, ctx); });
+  door_operands c;
   std::vector<float> others(c.out_data.size());
   const partial_state<float> other{tensor_view<float, 4>(others.data(), {1, 2, 4, 16}),
                                    tensor_view<float, 3>(others.data(), {1, 2, 4})};

@@ -11,6 +11,7 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/doors.hpp"
 #include "support/grouped_oracle.hpp"
 #include "support/kernels.hpp"
 #include "support/matchers.hpp"
@@ -1050,6 +1051,20 @@ TEST(GroupedAttention, KnowsTheSpreadOfItsKeys) {
       EXPECT_LE(said, largest * (1 + 2 * (dim + 3) * 0x1p-23)) << seed;
     }
   }
+}
+
+TEST(GroupedAttention, HasACheck) {
+  expect_check_says_the_same(
+      [](const door_operands& c) { return check(c.q, c.k, c.k, c.out, grouped_options{.attention = c.options}); },
+      [](door_operands& c, context& ctx) { grouped_attention(c.q, c.k, c.k, c.out, {.attention = c.options}, ctx); });
+}
+
+TEST(GroupwiseAttention, HasACheck) {
+  const auto groups = door_operands().groups();
+  const std::span<const query_groups<float>> sets(groups);
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, c.k, c.k, sets, c.out, c.options, {}); },
+      [&](door_operands& c, context& ctx) { groupwise_attention(c.q, c.k, c.k, sets, c.out, c.options, {}, ctx); });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/doors.hpp"
 #include "support/refusal.hpp"
 
 namespace gqa::test {
@@ -248,6 +249,24 @@ TEST(LatentAttention, RefusesWhatDoesNotFit) {
   o.attention.kv_lengths = long_ones;
   EXPECT_EQ(code(nope, rope, in.projections(), out_view, o), errc::length);
   EXPECT_EQ(code(nope, rope, in.projections(), out_view, in.options), errc::ok);
+}
+
+TEST(LatentAttention, HasACheck) {
+  constexpr index_t dim = door_operands::dim;
+  const door_operands keys;
+  latent_kv_cache<float> latent(1, door_operands::tokens, dim, dim);
+  latent.append(view(keys.k_data.data(), {1, door_operands::tokens, 1, dim}));
+  const std::vector<float> w(4 * dim * dim, 0.125f);
+  const latent_projections projections{tensor_view<const float, 3>(w.data(), {4, dim, dim}),
+                                       tensor_view<const float, 3>(w.data(), {4, dim, dim})};
+  const tensor_view<const float, 4> no_rope(keys.q_data.data(), {1, 2, 4, 0});
+  expect_check_says_the_same(
+      [&](const door_operands& c) {
+        return check(c.q, no_rope, latent, projections, c.out.out, {.attention = c.options});
+      },
+      [&](door_operands& c, context& ctx) {
+        latent_attention(c.q, no_rope, latent, projections, c.out.out, {.attention = c.options}, ctx);
+      });
 }
 
 }  // namespace

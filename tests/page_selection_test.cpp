@@ -14,6 +14,7 @@
 #include "support/attend.hpp"
 #include "support/cases.hpp"
 #include "support/certified.hpp"
+#include "support/doors.hpp"
 #include "support/pages.hpp"
 #include "support/refusal.hpp"
 #include "support/test_data.hpp"
@@ -491,6 +492,14 @@ TEST(PageSelection, SeesWhatIsWrittenToAnEarlierPosition) {
       for (const float x : out) EXPECT_NEAR(x, 7, 7 * 210 * 0x1p-24) << position;  // sums (matchers.hpp)
     }
   }
+}
+
+TEST(PageSelection, HasACheck) {
+  expect_check_says_the_same(
+      [](const door_operands& c) { return check(c.q, c.cache, c.out, page_options{.attention = c.options}); },
+      [](door_operands& c, context& ctx) { page_attention(c.q, c.cache, c.out, {.attention = c.options}, ctx); });
+  door_operands c;
+  EXPECT_EQ(check(c.q, c.cache, c.out, page_options{.epsilon = 2}), errc::option);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "support/attend.hpp"
 #include "support/cases.hpp"
 #include "support/certified.hpp"
+#include "support/doors.hpp"
 #include "support/refusal.hpp"
 
 namespace gqa::test {
@@ -469,6 +470,16 @@ TEST(ProjectedKeys, MayHaveNothingToGoBy) {
     const projected_keys<float> of_pages(paged.layer(0));
     EXPECT_EQ(of_pages.length(1), 20);
   }
+}
+
+TEST(ProjectedAttention, HasACheck) {
+  const door_operands of_keys;
+  const projected_keys<float> few(of_keys.cache, {.rank = 2});
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, c.cache, few, c.out, {.attention = c.options}); },
+      [&](door_operands& c, context& ctx) {
+        projected_attention(c.q, c.cache, few, c.out, {.attention = c.options}, ctx);
+      });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include <gqa/gqa.hpp>
 
+#include "support/doors.hpp"
 #include "support/kernels.hpp"
 #include "support/matchers.hpp"
 #include "support/refusal.hpp"
@@ -237,6 +238,19 @@ TEST(StreamingAttention, RefusesWhatTheRingSays) {
   EXPECT_EQ(out, std::vector<float>(8, 9.0f));
   EXPECT_EQ(attend(rope(8), {}), errc::ok);
   EXPECT_EQ(out, std::vector<float>(8, 0.0f));  // no keys
+}
+
+TEST(StreamingAttention, HasACheck) {
+  const rope embedding(door_operands::dim);
+  ring_kv_cache<float> ring(1, door_operands::kv_heads, 4, 200, door_operands::dim);
+  const door_operands keys;
+  for (index_t t = 0; t < door_operands::tokens; ++t) {
+    const auto one = slice(keys.k, 1, t, 1);
+    ring.append(one, one);
+  }
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, embedding, ring, c.out, c.options); },
+      [&](door_operands& c, context& ctx) { streaming_attention(c.q, embedding, ring, c.out, c.options, ctx); });
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "support/attend.hpp"
 #include "support/cases.hpp"
+#include "support/doors.hpp"
 
 namespace gqa::test {
 namespace {
@@ -126,6 +127,14 @@ TEST(WithinGroupAttention, RefusesWhatDoesNotFit) {
   EXPECT_THROW(run_within(in, groups), error);
 }
 #endif
+
+TEST(WithinGroupAttention, HasACheck) {
+  const auto groups = door_operands().groups();
+  const std::span<const query_groups<float>> sets(groups);
+  expect_check_says_the_same(
+      [&](const door_operands& c) { return check(c.q, c.k, c.k, sets, c.out, c.options); },
+      [&](door_operands& c, context& ctx) { within_group_attention(c.q, c.k, c.k, sets, c.out, c.options, ctx); });
+}
 
 }  // namespace
 }  // namespace gqa::test
