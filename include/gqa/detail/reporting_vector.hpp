@@ -56,10 +56,12 @@ class reporting_vector {
   /// Room for n elements, so that what follows up to those cannot fail.
   [[nodiscard]] bool reserve(std::size_t n) noexcept {
     if (n <= capacity_) return true;
-    constexpr auto most = static_cast<std::size_t>((std::numeric_limits<std::ptrdiff_t>::max)()) / (2 * sizeof(T));
+    constexpr std::size_t element = sizeof(T);  // NOLINT(bugprone-sizeof-expression): T may be a pointer
+    constexpr auto most = static_cast<std::size_t>((std::numeric_limits<std::ptrdiff_t>::max)()) / (2 * element);
     if (n > most) return false;
     const std::size_t grown = (std::max)(n, (std::min)(2 * capacity_, most));
-    auto* const to = static_cast<T*>(::operator new(grown * sizeof(T), alignment, std::nothrow));
+    const std::size_t bytes = grown * element;
+    auto* const to = static_cast<T*>(::operator new(bytes, alignment, std::nothrow));
     if (to == nullptr) return false;
     std::uninitialized_move(begin(), end(), to);
     std::destroy(begin(), end());
