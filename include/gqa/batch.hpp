@@ -62,17 +62,14 @@ concept rows_output = output_state<T> ||(rows_like<T>&& requires(T&& rows) {
 });
 
 /// Offsets of `total` rows, and sequences that there are.
-template <class KV>
-[[nodiscard]] fault find_ragged_fault(const ragged_rows& ragged, index_t total, const KV& kv) noexcept {
+[[nodiscard]] inline fault find_ragged_fault(const ragged_rows& ragged, index_t total, const key_source& kv) noexcept {
   if (ragged.q_offsets.size() != ragged.sequences.size() + 1)
     return make_fault(errc::shape, "q_offsets: expected %zu entries (one more than sequences), got %zu",
                       ragged.sequences.size() + 1, ragged.q_offsets.size());
   if (const auto f = find_offsets_fault("q_offsets", ragged.q_offsets, total)) return f;
   for (std::size_t n = 0; n < ragged.sequences.size(); ++n) {
     const auto id = static_cast<index_t>(ragged.sequences[n]);
-    bool is_there = id >= 0 && id < kv.batch();
-    if constexpr (requires { kv.has_sequence(id); }) is_there = is_there && kv.has_sequence(id);
-    if (!is_there)
+    if (id < 0 || id >= kv.batch() || !kv.has_sequence(id))
       return make_fault(errc::range, "sequences[%zu]: expected one of the source's %lld, got %lld", n,
                         printable(kv.batch()), printable(id));
   }
@@ -84,8 +81,7 @@ template <class KV>
   return mask.extent(0) == 0 && mask.extent(1) == 0;
 }
 
-/// Which of their last q_len keys the queries of a batch's sequences see: a variant, for batches without masks, too,
-/// which then take no other path and no longer to compile.
+/// Which of their last q_len keys the queries of a batch's sequences see, as masks and positions say.
 class draft_masks {
  public:
   /// Of a sequence: the position of its first query, the first of its last q_len keys, and all of them.
@@ -98,21 +94,22 @@ class draft_masks {
               const ragged_rows& ragged, const interval_rule& rule) noexcept
       : masks_(masks), places_(places), ragged_(ragged), rule_(rule) {}
 
-  [[nodiscard]] bool visible(const position& p) const noexcept {
-    const place& first = places_[static_cast<std::size_t>(p.batch)];
-    if (p.key >= first.keys) return false;  // asked with the rest of its tile
+  [[nodiscard]] bool hides_in(index_t n) const noexcept { return has_mask(n) || !ragged_.positions.empty(); }
+  [[nodiscard]] bool visible(const row_index& row, index_t key) const noexcept {
+    const place& first = places_[static_cast<std::size_t>(row.batch)];
+    if (key >= first.keys) return false;  // asked with the rest of its tile
     if (!ragged_.positions.empty()) {
-      const key_range near = keys_near(p.batch, p.query - first.query);
-      const index_t key = ragged_.position_of_key(p.batch, p.key, first.keys);
-      if (key < near.begin || near.end <= key) return false;
+      const key_range near = keys_near(row.batch, row.query);
+      const index_t position = ragged_.position_of_key(row.batch, key, first.keys);
+      if (position < near.begin || near.end <= position) return false;
     }
-    if (!has_mask(p.batch)) return true;
-    const auto& mask = masks_[static_cast<std::size_t>(p.batch)];
-    const index_t key = p.key - first.key;
-    return key < 0 || key >= mask.extent(1) || mask(p.query - first.query, key);
+    if (!has_mask(row.batch)) return true;
+    const auto& mask = masks_[static_cast<std::size_t>(row.batch)];
+    const index_t of_draft = key - first.key;
+    return of_draft < 0 || of_draft >= mask.extent(1) || mask(row.query, of_draft);
   }
   [[nodiscard]] visibility visible(const key_block& b) const noexcept {
-    if (!detail_hides_in(b.batch)) return visibility::all;
+    if (!hides_in(b.batch)) return visibility::all;
     const place& first = places_[static_cast<std::size_t>(b.batch)];
     if (b.key_end > first.key) return visibility::some;
     if (ragged_.positions.empty()) return visibility::all;
@@ -126,7 +123,6 @@ class draft_masks {
     if (b.key_end <= any.begin || any.end <= b.key_begin) return visibility::none;
     return all.begin <= b.key_begin && b.key_end <= all.end ? visibility::all : visibility::some;
   }
-  [[nodiscard]] bool detail_hides_in(index_t n) const noexcept { return has_mask(n) || !ragged_.positions.empty(); }
 
  private:
   [[nodiscard]] bool has_mask(index_t n) const noexcept {
@@ -143,58 +139,45 @@ class draft_masks {
   interval_rule rule_;
 };
 
-/// A user's variant, beside a batch's masks.
-template <class Variant>
-class draft_variant {
+/// A batch's masks beside the rules of its variant.
+template <class A>
+class draft_rules final : public row_rules<A> {
  public:
-  draft_variant(const draft_masks& masks, const Variant& variant) noexcept : masks_(masks), variant_(variant) {}
+  draft_rules(const draft_masks& masks, const row_rules<A>& own) noexcept
+      : row_rules<A>({.hides = true, .hides_blocks = true}, own.changes_scores()), masks_(masks), own_(own) {}
 
-  template <class A>
-  [[nodiscard]] A score(A s, const position& p) const requires scores<Variant, A> {
-    return static_cast<A>(variant_.score(s, p));
-  }
-  [[nodiscard]] bool visible(const position& p) const {
-    if (masks_.detail_hides_in(p.batch) && !masks_.visible(p)) return false;
-    if constexpr (hides_positions<Variant>) return variant_.visible(p);
-    return visible_to_variant({p.batch, p.q_head, p.q_head + 1, p.query, p.query + 1, p.key, p.key + 1}) !=
-           visibility::none;
-  }
-  [[nodiscard]] visibility visible(const key_block& b) const {
-    const visibility own = visible_to_variant(b), drafts = masks_.visible(b);
+  [[nodiscard]] bool hides_in(index_t b) const override { return masks_.hides_in(b) || own_.hides_in(b); }
+  [[nodiscard]] visibility visible(const key_block& b) const override {
+    const visibility own = own_.visible(b), drafts = masks_.visible(b);
     if (own == visibility::none || drafts == visibility::none) return visibility::none;
     return own == visibility::all ? drafts : visibility::some;
   }
-  [[nodiscard]] std::uint64_t visible_bits(position p) const requires hides_bits<Variant> {
-    std::uint64_t bits = variant_.visible_bits(p);
-    if (!masks_.detail_hides_in(p.batch)) return bits;
-    for (std::uint64_t bit = 1; bit != 0; bit <<= 1, ++p.key) {
-      if (!masks_.visible(p)) bits &= ~bit;
-    }
-    return bits;
+  [[nodiscard]] std::uint64_t visible_bits(std::uint64_t bits, const row_index& row, index_t first_key) const override {
+    bits = own_.visible_bits(bits, row, first_key);
+    if (!masks_.hides_in(row.batch)) return bits;
+    std::uint64_t seen = 0;
+    for_each_bit(bits, [&](index_t c) {
+      if (masks_.visible(row, first_key + c)) seen |= std::uint64_t{1} << c;
+    });
+    return seen;
   }
-  [[nodiscard]] key_range keys(const key_range& queries) const requires bounds_keys<Variant> {
-    return variant_.keys(queries);
+  [[nodiscard]] key_range keys(key_range queries) const override { return own_.keys(queries); }
+  void score(A* s, std::uint64_t bits, const row_index& row, index_t first_key) const override {
+    own_.score(s, bits, row, first_key);
   }
 
  private:
-  [[nodiscard]] visibility visible_to_variant(const key_block& b) const {
-    if constexpr (hides_blocks<Variant>) return variant_.visible(b);
-    return hides_keys<Variant> ? visibility::some : visibility::all;
-  }
-
   const draft_masks& masks_;
-  const Variant& variant_;
+  const row_rules<A>& own_;
 };
 
-template <class Q, class KV, class Out>
-[[nodiscard]] fault find_batch_fault(const tensor_view<const Q, 4>& q, const ragged_rows& ragged, const KV& kv,
-                                     const Out& out_or_state, const batch_options& options,
-                                     const attention_options& common) noexcept {
+[[nodiscard]] inline fault find_batch_fault(const call_operands& call, const ragged_rows& ragged, const key_source& kv,
+                                            const batch_options& options, const attention_options& common) noexcept {
   if (const auto f = kv.find_fault()) return f;
-  const operand queries = describe("q", q), out = describe("out", output_view(out_or_state));
-  const call_shape of_rows{1, q.extent(1), kv.kv_len(), q.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()};
-  if (const auto f = find_shape_fault(queries, out, of_rows)) return f;
-  if (const auto f = find_ragged_fault(ragged, q.extent(1), kv)) return f;
+  const index_t total = call.q.extents[1];
+  const call_shape of_rows{1, total, kv.kv_len(), call.q.extents[2], kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  if (const auto f = find_shape_fault(call.q, call.out, of_rows)) return f;
+  if (const auto f = find_ragged_fault(ragged, total, kv)) return f;
   if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
     return make_fault(errc::option,
                       "options.common: expected no mask, bias or query_offsets, which a ragged batch has one by one");
@@ -204,7 +187,7 @@ template <class Q, class KV, class Out>
   if (!options.masks.empty() && options.masks.size() != ragged.sequences.size())
     return make_fault(errc::shape, "options.masks: expected %zu entries, got %zu", ragged.sequences.size(),
                       options.masks.size());
-  if (const auto f = find_count_fault("options.positions", options.positions, q.extent(1))) return f;
+  if (const auto f = find_count_fault("options.positions", options.positions, total)) return f;
   for (std::size_t i = 0; i < options.positions.size(); ++i) {
     if (options.positions[i] < 0 || options.positions[i] > position_limit)
       return make_fault(errc::range, "options.positions[%zu]: expected a position within [0, 2^60], got %lld", i,
@@ -230,36 +213,31 @@ template <class Q, class KV, class Out>
                         n, printable(rows), printable(rows), printable(mask.extent(0)), printable(mask.extent(1)),
                         printable(length));
     if (const auto f = find_extents_fault(describe("options.masks", mask))) return f;
-    if (const auto f = find_overlap_with(out_or_state, describe("options.masks", mask))) return f;
+    if (const auto f = find_overlap_with(call, describe("options.masks", mask))) return f;
   }
   for (const operand& read : {describe("q_offsets", ragged.q_offsets), describe("sequences", ragged.sequences),
                               describe("options.positions", options.positions)}) {
-    if (const auto f = find_overlap_with(out_or_state, read)) return f;
+    if (const auto f = find_overlap_with(call, read)) return f;
   }
-  return find_memory_fault(q, kv, out_or_state, common);
+  return find_memory_fault(call, kv, common);
 }
 
-/// A batch as a call of attention() with options that all sequences have in common, under a variant of its masks and
-/// positions: calls f(options, variant) with them. `places`: [sequences], where there are masks or positions.
-template <class Queries, class KV, class Out, class Variant, class F>
-void with_drafts(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
-                 const batch_options& options, attention_options common, const Variant& variant,
-                 std::span<draft_masks::place> places, const F& f) {
-  auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, common);
-  p.ragged = ragged;
+/// A batch as a call of attention() with options that all sequences have in common, under rules of its masks and
+/// positions beside those of its variant: calls f(options, rules) with them. `places`: [sequences], where there are
+/// masks or positions; a batch without takes the path of any other call.
+template <class A, class F>
+void with_drafts(const ragged_rows& ragged, const key_source& kv, const batch_options& options,
+                 attention_options common, const row_rules<A>& own, std::span<draft_masks::place> places, const F& f) {
+  if (places.empty()) return f(common, own);
+  call_geometry call{{}, common, ragged};
   for (std::size_t n = 0; n < places.size(); ++n) {
     const auto b = static_cast<index_t>(n);
-    const index_t length = p.length(kv, b);
-    places[n] = {p.query_offset(b, length), length - p.q_len(b), length};
+    const index_t length = call.length(kv, b);
+    places[n] = {call.query_offset(b, length), length - call.q_len(b), length};
   }
-  const interval_rule rule(common.causal, common.window);
-  const draft_masks masks(options.masks, places, ragged, rule);
+  const draft_masks masks(options.masks, places, ragged, call.interval());
   if (!options.positions.empty()) common.causal = false, common.window = {};  // the engine would go by slots
-  if constexpr (std::is_same_v<Variant, no_variant>) {
-    f(common, masks);
-  } else {
-    f(common, draft_variant<Variant>(masks, variant));
-  }
+  f(common, draft_rules<A>(masks, own));
 }
 [[nodiscard]] inline std::size_t places_of(const batch_options& options, const ragged_rows& ragged) noexcept {
   return options.masks.empty() && options.positions.empty() ? 0 : ragged.sequences.size();
@@ -270,13 +248,11 @@ void with_drafts(const Queries& q, const ragged_rows& ragged, const KV& kv, cons
   return common;
 }
 
-template <class Queries, class KV, class Out, class Variant>
-void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
-                  const batch_options& options, const Variant& variant, context& ctx) {
-  using Q = typename std::remove_cvref_t<decltype(rows_of(q))>::value_type;
-  require_dtypes<Q, KV, typename decltype(output_view(out))::value_type>();
+template <class Queries, class P, class Out>
+void attend_batch(const Queries& q, const ragged_rows& ragged, const tile_source<P>& kv, const Out& out,
+                  const batch_options& options, const row_rules<accumulator_t<P>>& rules, context& ctx) {
   const attention_options common = common_of(options);
-  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return raise(f);
+  if (const auto f = find_batch_fault(describe_call(rows_of(q), out), ragged, kv, options, common)) return raise(f);
   if (const auto f = find_turns_fault(q)) return raise(f);
   using place = draft_masks::place;
   static_assert(sizeof(place) == context::detail_place_bytes);
@@ -286,29 +262,30 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const KV& kv, con
     memory = reinterpret_cast<place*>(ctx.detail_batch(count * sizeof(place)));
     if (memory == nullptr) return;
   }
-  with_drafts(q, ragged, kv, out, options, common, variant, {memory, count},
-              [&](const attention_options& of_all, const auto& drafts) {
-                attend_checked(q, kv, out, of_all, ragged, drafts, ctx);
-              });
+  with_drafts<accumulator_t<P>>(ragged, kv, options, common, rules, {memory, count},
+                                [&](const attention_options& of_all, const row_rules<accumulator_t<P>>& all_rules) {
+                                  attend_checked<Queries, P>(q, kv, out, of_all, ragged, all_rules, ctx);
+                                });
 }
 
 /// All that is wrong with a batch.
-template <class Queries, class KV, class Out, class Variant>
-[[nodiscard]] fault find_whole_batch_fault(const Queries& q, const ragged_rows& ragged, const KV& kv, const Out& out,
-                                           const batch_options& options, const Variant& variant) {
+template <class Queries, class P, class Out>
+[[nodiscard]] fault find_whole_batch_fault(const Queries& q, const ragged_rows& ragged, const tile_source<P>& kv,
+                                           const Out& out, const batch_options& options,
+                                           const row_rules<accumulator_t<P>>& rules) {
   const attention_options common = common_of(options);
-  if (const auto f = find_batch_fault(rows_of(q), ragged, kv, out, options, common)) return f;
+  if (const auto f = find_batch_fault(describe_call(rows_of(q), out), ragged, kv, options, common)) return f;
   if (const auto f = find_turns_fault(q)) return f;
   reporting_vector<draft_masks::place> places;
   if (!places.resize(places_of(options, ragged))) return make_room_fault("places of sequences");
   fault found;
-  with_drafts(q, ragged, kv, out, options, common, variant, {places.data(), places.size()},
-              [&](const attention_options& of_all, const auto& drafts) {
-                auto p = problem_of<accumulator_t<typename KV::panel_element>>(q, kv, out, of_all);
-                p.ragged = ragged;
-                p.shape.batch = static_cast<index_t>(ragged.sequences.size());
-                found = find_gone_fault(p, kv, drafts);
-              });
+  with_drafts<accumulator_t<P>>(ragged, kv, options, common, rules, {places.data(), places.size()},
+                                [&](const attention_options& of_all, const row_rules<accumulator_t<P>>& all_rules) {
+                                  auto call = problem_of<accumulator_t<P>>(q, kv, out, of_all);
+                                  call.ragged = ragged;
+                                  call.shape.batch = static_cast<index_t>(ragged.sequences.size());
+                                  found = find_gone_fault(call, kv, all_rules);
+                                });
   return found;
 }
 
@@ -333,18 +310,27 @@ auto with_batch(Q&& q, std::span<const index_t> q_offsets, std::span<const seque
 template <class Q, class KV, class Out, class Variant>
 void open_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv, std::span<const sequence_id> sequences,
                 Out&& out, const batch_options& options, const Variant& variant, context& ctx) {
+  using P = typename KV::panel_element;
   with_batch(std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
              [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
-               attend_batch(queries, ragged, kv, to, options, variant, ctx);
+               using element = typename std::remove_cvref_t<decltype(rows_of(queries))>::value_type;
+               require_dtypes<element, KV, typename decltype(output_view(to))::value_type>();
+               const tile_source<P>& source = adapt(kv);
+               attend_batch<std::remove_cvref_t<decltype(queries)>, P>(queries, ragged, source, to, options,
+                                                                       rules_of<accumulator_t<P>>(variant), ctx);
              });
 }
 template <class Q, class KV, class Out, class Variant>
 [[nodiscard]] errc check_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv,
                                std::span<const sequence_id> sequences, Out&& out, const batch_options& options,
                                const Variant& variant) {
+  using P = typename KV::panel_element;
   return with_batch(std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
                     [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
-                      return find_whole_batch_fault(queries, ragged, kv, to, options, variant).code;
+                      const tile_source<P>& source = adapt(kv);
+                      return find_whole_batch_fault<std::remove_cvref_t<decltype(queries)>, P>(
+                                 queries, ragged, source, to, options, rules_of<accumulator_t<P>>(variant))
+                          .code;
                     });
 }
 

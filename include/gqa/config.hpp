@@ -78,8 +78,11 @@
 
 #if defined(__GNUC__)
 #define GQA_INLINE [[gnu::always_inline]] inline
+// Of what runs once a call, or never: kept apart and small, for copies of it at every call cost compilers their time.
+#define GQA_ONCE [[gnu::noinline, gnu::cold]]
 #else
 #define GQA_INLINE inline
+#define GQA_ONCE
 #endif
 
 namespace gqa {

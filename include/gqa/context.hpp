@@ -197,7 +197,7 @@ class context {
   }
   /// Internal: memory for the families of so many sequences.
   [[nodiscard]] index_t* detail_families(index_t sequences) {
-    const std::size_t bytes = (3 * static_cast<std::size_t>(sequences) + 1) * sizeof(index_t);
+    const std::size_t bytes = (4 * static_cast<std::size_t>(sequences) + 1) * sizeof(index_t);
     return reinterpret_cast<index_t*>(families_.at_least(bytes, "families"));
   }
   /// Internal: `bytes` of what a call over a batch knows of each sequence; null like detail_scratch().

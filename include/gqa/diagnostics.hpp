@@ -64,13 +64,11 @@ template <class R, class Q, class KV>
   if (const auto f = find_written_fault(to)) return f;
   // An output as the checks want to see one: never read or written.
   const tensor_view<R, 4> as_output(result.data(), {q.extent(0), q.extent(1), q.extent(2), kv.value_dim()});
-  if (const auto f = find_operands_fault(q, kv, as_output, options)) return f;
+  const auto& source = adapt(kv);
+  if (const auto f = find_operands_fault(describe_call(q, as_output), source, options)) return f;
   if (const auto f = find_lse_fault(name, result, q)) return f;
   if (const auto f = find_overlap_fault(to, describe("q", q))) return f;
-  if constexpr (requires { kv.keys(); }) {
-    if (const auto f = find_overlap_fault(to, describe("k", kv.keys()))) return f;
-    if (const auto f = find_overlap_fault(to, describe("v", kv.values()))) return f;
-  }
+  if (const auto f = source.find_overlap(to)) return f;
   return find_in_options(options, [&](const operand& read) noexcept { return find_overlap_fault(to, read); });
 }
 

@@ -16,8 +16,8 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/cache/decoded_kv.hpp>
 #include <gqa/detail/check.hpp>
-#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/grouped_runner.hpp>
 #include <gqa/error.hpp>
 #include <gqa/grouped_options.hpp>

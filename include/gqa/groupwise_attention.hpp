@@ -18,9 +18,9 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/alibi_terms.hpp>
+#include <gqa/detail/cache/decoded_kv.hpp>
 #include <gqa/detail/carver.hpp>
 #include <gqa/detail/check.hpp>
-#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/group_attender.hpp>
 #include <gqa/detail/problem.hpp>

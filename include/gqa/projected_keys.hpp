@@ -28,6 +28,7 @@
 #include <Eigen/Core>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/cache/adapted_source.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/mixed.hpp>
 #include <gqa/detail/pack.hpp>
@@ -170,9 +171,8 @@ class projected_keys {
   /// Why a source is not that of these keys, as far as extents tell, in a call of so many sequences.
   template <class KV>
   [[nodiscard]] detail::fault find_source_fault(const KV& kv, index_t batch) const noexcept {
-    static_assert(
-        !requires { kv.gone_tiles(index_t{}); },
-        "gqa: projected_keys are of all keys of a sequence, of which a ring_kv_cache has dropped some");
+    static_assert(!detail::may_have_gaps<KV>,
+                  "gqa: projected_keys are of all keys of a sequence, of which a ring_kv_cache has dropped some");
     static_assert(std::is_same_v<accumulator_t<typename KV::panel_element>, float>,
                   "gqa: projected_keys are of keys of no more than 32 bits");
     if (batch == batch_ && kv.kv_heads() == kv_heads_ && kv.head_dim() == head_dim_) return {};

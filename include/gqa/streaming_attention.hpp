@@ -19,7 +19,9 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/cache/adapted_source.hpp>
 #include <gqa/detail/check.hpp>
+#include <gqa/detail/door/attend.hpp>
 #include <gqa/detail/reporting_vector.hpp>
 #include <gqa/detail/state_memory.hpp>
 #include <gqa/error.hpp>
@@ -106,8 +108,9 @@ template <class Q, class T, class Out>
                       printable(embedding.head_dim()));
   attention_options seen = options;
   seen.causal = true;
-  return find_gone_fault(problem_of<accumulator_t<T>>(q, ring, out, seen), ring,
-                         streamed_window(last_whole_position(ring), ring.window()));
+  const streamed_window window(last_whole_position(ring), ring.window());
+  return find_gone_fault(problem_of<accumulator_t<T>>(q, ring, out, seen), adapt(ring),
+                         rules_of<accumulator_t<T>>(window));
 }
 
 template <class Q, class T, class Out>

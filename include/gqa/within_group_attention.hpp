@@ -18,8 +18,8 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/cache/decoded_kv.hpp>
 #include <gqa/detail/check.hpp>
-#include <gqa/detail/decoded_kv.hpp>
 #include <gqa/detail/far_keys.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/part_of_source.hpp>

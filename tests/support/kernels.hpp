@@ -23,12 +23,12 @@
   GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::in_order>(const block_operands<P, L>&) noexcept;  \
   GQA_TEST_KERNEL void score_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept; \
   GQA_TEST_KERNEL void value_block_in_order<P, L, rows, reading::scattered>(const block_operands<P, L>&) noexcept;
-#define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                        \
-  GQA_TEST_STREAM_KERNELS(P, L, rows)                                                                                  \
-  GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                                  \
-  GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                             \
-  GQA_TEST_KERNEL void score_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, index_t, index_t, A*) noexcept;   \
-  GQA_TEST_KERNEL void value_rows<rows, A, L, P>(row_group<P>, rows_ahead, const L*, const weighted_sums<A>&, index_t, \
+#define GQA_TEST_KERNELS_OF_ROWS(P, L, A, rows)                                                                     \
+  GQA_TEST_STREAM_KERNELS(P, L, rows)                                                                               \
+  GQA_TEST_KERNEL void score_block<P, L, rows>(const block_operands<P, L>&) noexcept;                               \
+  GQA_TEST_KERNEL void value_block_rows<P, L, rows>(const block_operands<P, L>&) noexcept;                          \
+  GQA_TEST_KERNEL void score_rows<rows, A, L, P>(row_strip, rows_ahead, const L*, index_t, index_t, A*) noexcept;   \
+  GQA_TEST_KERNEL void value_rows<rows, A, L, P>(row_strip, rows_ahead, const L*, const weighted_sums<A>&, index_t, \
                                                  index_t) noexcept;
 #define GQA_TEST_KERNELS(P, L, A)      \
   GQA_TEST_KERNELS_OF_ROWS(P, L, A, 1) \
@@ -75,34 +75,28 @@ GQA_TEST_Q8_STREAM_KERNELS(7)
 GQA_TEST_Q8_STREAM_KERNELS(8)
 #endif
 
-// Calls of the sources that many programs have.
-GQA_TEST_CALL void scheduler<dense_kv<float, float>, no_variant, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<float>, no_variant, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<Eigen::half>, no_variant, float>::run();
-GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, no_variant, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<float>, draft_masks, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<float>, chosen_pages, float>::run();
-GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, chosen_pages, float>::run();
-GQA_TEST_CALL void scheduler<decoded_kv<kv_cache<q8>>, chosen_pages, float>::run();
-GQA_TEST_CALL void scheduler<latent_kv_cache<float>, no_variant, float>::run();
+// The engines, and what else takes long.
+GQA_TEST_CALL void engine<float, float>::run(const problem<float, float>&, const tile_source<float>&,
+                                             const row_rules<float>&, context&);
+GQA_TEST_CALL void engine<double, double>::run(const problem<double, double>&, const tile_source<double>&,
+                                               const row_rules<double>&, context&);
+GQA_TEST_CALL void engine<Eigen::half, float>::run(const problem<float, float>&, const tile_source<Eigen::half>&,
+                                                   const row_rules<float>&, context&);
+GQA_TEST_CALL void engine<Eigen::bfloat16, float>::run(const problem<float, float>&,
+                                                       const tile_source<Eigen::bfloat16>&, const row_rules<float>&,
+                                                       context&);
 GQA_TEST_CALL void grouped_runner<float, dense_kv<float, float>, tensor_view<float, 4>>::run();
-GQA_TEST_CALL void scheduler<paged_layer<float>, draft_masks, float>::run();
-GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, float>::run();
-GQA_TEST_CALL void scheduler<decoded_kv<paged_layer<q8>>, draft_masks, float>::run();
 #if defined(EIGEN_VECTORIZE_AVX512) && defined(__AVX512BF16__)
-GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, no_variant, Eigen::bfloat16>::run();
-GQA_TEST_CALL void scheduler<paged_layer<Eigen::bfloat16>, draft_masks, Eigen::bfloat16>::run();
-GQA_TEST_CALL void scheduler<kv_cache<Eigen::bfloat16>, chosen_pages, Eigen::bfloat16>::run();
+GQA_TEST_CALL void engine<Eigen::bfloat16, Eigen::bfloat16>::run(const problem<float, Eigen::bfloat16>&,
+                                                                 const tile_source<Eigen::bfloat16>&,
+                                                                 const row_rules<float>&, context&);
 #endif
 #if GQA_VNNI
-GQA_TEST_CALL void scheduler<kv_cache<q8>, no_variant, q8>::run();
-GQA_TEST_CALL void scheduler<paged_layer<q8>, draft_masks, q8>::run();
-GQA_TEST_CALL void scheduler<kv_cache<q8>, chosen_pages, q8>::run();
+GQA_TEST_CALL void engine<q8, q8>::run(const problem<float, q8>&, const tile_source<q8>&, const row_rules<float>&,
+                                       context&);
 #endif
 
 // What no bench measures.
-GQA_TEST_OTHER void scheduler<dense_kv<float, float>, chosen_pages, float>::run();
 GQA_TEST_OTHER struct principal_directions<double>;
 
 }  // namespace GQA_ISA

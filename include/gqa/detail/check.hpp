@@ -83,7 +83,7 @@ template <class T>
 }
 
 /// Extents that are not negative, memory that is there, offsets that fit 64 bits.
-[[nodiscard]] inline fault find_extents_fault(const operand& o) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_extents_fault(const operand& o) noexcept {
   constexpr index_t limit = position_limit / 16;  // in elements of at most 8 bytes
   index_t reach = 0, size = 1;
   for (std::size_t axis = 0; axis < 4; ++axis) {
@@ -104,7 +104,7 @@ template <class T>
 }
 
 /// The same, and a contiguous last axis.
-[[nodiscard]] inline fault find_layout_fault(const operand& o) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_layout_fault(const operand& o) noexcept {
   if (const auto f = find_extents_fault(o)) return f;
   if (o.extents[3] > 1 && o.strides[3] != 1)
     return make_fault(errc::stride, "%s: expected stride 1 on the last axis, got %lld", o.name,
@@ -141,7 +141,7 @@ struct memory_runs {
 
 /// True only if the two views certainly share no byte: apart in memory, or interleaved with a common period (as the
 /// slices of one fused projection are).
-[[nodiscard]] inline bool are_disjoint(const operand& a, const operand& b) noexcept {
+[[nodiscard]] GQA_ONCE inline bool are_disjoint(const operand& a, const operand& b) noexcept {
   if (a.is_empty() || b.is_empty()) return true;
   const memory_runs x(a), y(b);
   if (x.end <= y.begin || y.end <= x.begin) return true;
@@ -156,7 +156,7 @@ struct memory_runs {
 }
 
 /// True only if no two indices of the view certainly meet: sorted by stride, each axis steps over all smaller ones.
-[[nodiscard]] inline bool is_injective(const operand& o) noexcept {
+[[nodiscard]] GQA_ONCE inline bool is_injective(const operand& o) noexcept {
   if (o.is_empty()) return true;
   std::array<bool, 4> used{};
   index_t span = 1;  // elements covered by the axes so far
@@ -175,7 +175,7 @@ struct memory_runs {
 }
 
 /// What is written: memory that is there, and no two of its elements at one place; any strides.
-[[nodiscard]] inline fault find_written_fault(const operand& out) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_written_fault(const operand& out) noexcept {
   if (const auto f = find_extents_fault(out)) return f;
   if (!is_injective(out))
     return make_fault(errc::stride, "%s: expected elements apart, got overlapping strides", out.name);
@@ -194,16 +194,21 @@ struct memory_runs {
                     axis, printable(actual));
 }
 
-/// The log-sum-exp of a state, or another number a row: [B, S, H] of out's; any strides.
+/// The log-sum-exp of a state, or another number a row: [B, S, H] of out's.
+[[nodiscard]] inline fault find_lse_fault(const operand& lse, const operand& out) noexcept {
+  for (std::size_t axis = 0; axis < 3; ++axis) {
+    if (lse.extents[axis + 1] != out.extents[axis])
+      return make_fault(errc::shape, "%s: expected lse extent %lld (that of out) on axis %zu, got %lld", lse.name,
+                        printable(out.extents[axis]), axis, printable(lse.extents[axis + 1]));
+  }
+  return {};
+}
+/// The same, and memory that is there; any strides.
 template <class L, class T>
 [[nodiscard]] fault find_lse_fault(const char* name, const tensor_view<L, 3>& lse,
                                    const tensor_view<T, 4>& out) noexcept {
   const operand o = describe(name, lse);
-  for (int axis = 0; axis < 3; ++axis) {
-    if (lse.extent(axis) != out.extent(axis))
-      return make_fault(errc::shape, "%s: expected lse extent %lld (that of out) on axis %d, got %lld", name,
-                        printable(out.extent(axis)), axis, printable(lse.extent(axis)));
-  }
+  if (const auto f = find_lse_fault(o, describe("out", out))) return f;
   return std::is_const_v<L> ? find_extents_fault(o) : find_written_fault(o);
 }
 
@@ -213,7 +218,8 @@ struct call_shape {
 };
 
 /// q [B, S, H, D] against the keys' and values' extents, and out [B, S, H, E] against both.
-[[nodiscard]] inline fault find_shape_fault(const operand& q, const operand& out, const call_shape& kv) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_shape_fault(const operand& q, const operand& out,
+                                                     const call_shape& kv) noexcept {
   if (const auto f = find_layout_fault(q)) return f;
   if (const auto f = find_output_fault(out)) return f;
   if (const auto f = find_extent_fault(q, 0, kv.batch, "the batch of the keys")) return f;
@@ -232,7 +238,7 @@ struct call_shape {
 }
 
 /// k [B, T, G, D] and v [B, T, G, E] against each other.
-[[nodiscard]] inline fault find_kv_fault(const operand& k, const operand& v) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_kv_fault(const operand& k, const operand& v) noexcept {
   if (const auto f = find_layout_fault(k)) return f;
   if (const auto f = find_layout_fault(v)) return f;
   if (const auto f = find_extent_fault(v, 0, k.extents[0], "the batch of k")) return f;
@@ -241,8 +247,9 @@ struct call_shape {
 }
 
 /// Rows of tokens that a cache takes: k [sequences, t, G, D] and v [sequences, t, G, E].
-[[nodiscard]] inline fault find_token_rows_fault(const operand& k, const operand& v, index_t sequences,
-                                                 index_t kv_heads, index_t head_dim, index_t value_dim) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_token_rows_fault(const operand& k, const operand& v, index_t sequences,
+                                                          index_t kv_heads, index_t head_dim,
+                                                          index_t value_dim) noexcept {
   if (const auto f = find_kv_fault(k, v)) return f;
   if (const auto f = find_extent_fault(k, 0, sequences, "the sequences written to")) return f;
   if (const auto f = find_extent_fault(k, 2, kv_heads, "the cache's heads")) return f;
@@ -264,8 +271,8 @@ template <class T>
 }
 
 /// Offsets of parts of a whole: 0 first, the whole last.
-[[nodiscard]] inline fault find_offsets_fault(const char* name, std::span<const index_t> offsets,
-                                              index_t whole) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_offsets_fault(const char* name, std::span<const index_t> offsets,
+                                                       index_t whole) noexcept {
   index_t before = 0;
   for (std::size_t i = 0; i < offsets.size(); ++i) {
     const bool last = i + 1 == offsets.size();
@@ -277,8 +284,8 @@ template <class T>
   return {};
 }
 
-[[nodiscard]] inline fault find_groups_fault(std::span<const index_t> offsets, index_t q_heads,
-                                             index_t kv_heads) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_groups_fault(std::span<const index_t> offsets, index_t q_heads,
+                                                      index_t kv_heads) noexcept {
   if (offsets.empty()) {
     if (q_heads % kv_heads == 0) return {};
     return make_fault(errc::shape, "q: expected a multiple of %lld heads (those of k), got %lld", printable(kv_heads),
@@ -290,8 +297,8 @@ template <class T>
 
 /// A mask or bias: [B|1, H|1, S, T], any strides.
 template <class T>
-[[nodiscard]] fault find_mask_fault(const char* name, const std::optional<tensor_view<const T, 4>>& mask,
-                                    const call_shape& shape) noexcept {
+[[nodiscard]] GQA_ONCE fault find_mask_fault(const char* name, const std::optional<tensor_view<const T, 4>>& mask,
+                                             const call_shape& shape) noexcept {
   if (!mask) return {};
   const operand o = describe(name, *mask);
   if (const auto f = find_extents_fault(o)) return f;
@@ -318,7 +325,7 @@ template <class T>
 }
 
 /// Every option against the call's extents.
-[[nodiscard]] inline fault find_options_fault(const attention_options& o, const call_shape& shape) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_options_fault(const attention_options& o, const call_shape& shape) noexcept {
   if (o.scale && !std::isfinite(*o.scale))
     return make_fault(errc::option, "options.scale: expected a finite number, got %g", *o.scale);
   if (o.softcap != 0 && !(o.softcap >= 1e-30 && o.softcap <= 1e30))  // within float, as is its inverse
@@ -381,7 +388,7 @@ template <class Find>
   return a.data == b.data && a.extents == b.extents && a.strides == b.strides && a.element_size == b.element_size;
 }
 
-[[nodiscard]] inline fault find_overlap_fault(const operand& out, const operand& input) noexcept {
+[[nodiscard]] GQA_ONCE inline fault find_overlap_fault(const operand& out, const operand& input) noexcept {
   if (are_disjoint(out, input)) return {};
   return make_fault(errc::stride, "%s: expected memory apart from %s, got an overlap", out.name, input.name);
 }

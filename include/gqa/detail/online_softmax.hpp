@@ -5,8 +5,8 @@
 ///
 /// A raw state is (max, sum, out): a reference m of the scores s, sum of the weights 2^(s - m - 8), and sum of the
 /// weights times v, not normalised. Scores and m are logarithms to base 2 or, where rules stand between products and
-/// scores (score_rules.hpp), to base e: see score_base. It is empty at m = -inf with sum = 0 and out = 0. Steps and
-/// merges rescale by the row's own references only, so a row's bits do not depend on its neighbours. m follows the
+/// scores (engine/score_rules.hpp), to base e: see score_base. It is empty at m = -inf with sum = 0 and out = 0. Steps
+/// and merges rescale by the row's own references only, so a row's bits do not depend on its neighbours. m follows the
 /// running maximum at a distance: it is the maximum once a score lies 8 above it (as in FlashAttention-4), so that
 /// weights are at most 1, but for the rounding of m + 8.
 ///

@@ -51,20 +51,22 @@ inline namespace GQA_ISA {
   return std::clamp<index_t>(all / 8, 1, 16);
 }
 
-/// A variant: the pages of a round.
-class chosen_pages {
+/// The pages of a round: no key of others is seen.
+template <class A>
+class chosen_pages final : public row_rules<A> {
  public:
   /// pages [batch, kv_heads, words], a bit a page.
   chosen_pages(const call_shape& shape, std::span<const index_t> group_offsets, index_t page_tokens,
                std::uint64_t* pages, index_t words) noexcept
-      : q_heads_(shape.q_heads),
+      : row_rules<A>({.hides = true, .hides_blocks = true, .shows_panels = true}),
+        q_heads_(shape.q_heads),
         kv_heads_(shape.kv_heads),
         group_offsets_(group_offsets),
         page_tokens_(page_tokens),
         pages_(pages),
         words_(words) {}
 
-  [[nodiscard]] visibility visible(const key_block& b) const noexcept {
+  [[nodiscard]] visibility visible(const key_block& b) const noexcept override {
     const page_bits pages = pages_of(b.batch, b.q_head_begin);
     const index_t first = b.key_begin / page_tokens_, end = ceil_div(b.key_end, page_tokens_);
     if (end == first + 1) return pages.has(first) ? visibility::all : visibility::none;
@@ -72,28 +74,34 @@ class chosen_pages {
     for (index_t page = first; page < end; ++page) seen += pages.has(page) ? 1 : 0;
     return seen == 0 ? visibility::none : seen == end - first ? visibility::all : visibility::some;
   }
-  [[nodiscard]] std::uint64_t visible_bits(const position& p) const noexcept {
-    const page_bits pages = pages_of(p.batch, p.q_head);
-    std::uint64_t bits = 0;
+  [[nodiscard]] std::uint64_t visible_bits(std::uint64_t bits, const row_index& row,
+                                           index_t first_key) const noexcept override {
+    const page_bits pages = pages_of(row.batch, row.q_head);
+    std::uint64_t seen = 0;
     for (index_t t = 0; t < tile_tokens; t += page_tokens_) {
-      if (pages.has((p.key + t) / page_tokens_)) bits |= bits_between(t, t + page_tokens_);
+      if (pages.has((first_key + t) / page_tokens_)) seen |= bits_between(t, t + page_tokens_);
     }
-    return bits;
+    return bits & seen;
   }
-  /// The panels that a query head sees of each tile.
-  [[nodiscard]] auto detail_panels_of(index_t batch, index_t q_head) const noexcept {
-    return [pages = pages_of(batch, q_head), whole = page_tokens_ == tile_tokens](index_t tile) noexcept {
-      if (whole) return pages.has(tile) ? all_panels : 0;
-      std::uint32_t panels = 0;
-      for (index_t n = 0; n < tile_panels; ++n)
-        panels |= static_cast<std::uint32_t>(pages.has(tile * tile_panels + n)) << n;
-      return panels;
-    };
+  [[nodiscard]] key_rules::seen_panels find_panels(index_t b, index_t first_head,
+                                                   key_range tiles) const noexcept override {
+    const page_bits pages = pages_of(b, first_head);
+    for (index_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      if (const std::uint32_t panels = panels_of(pages, tile); panels != 0) return {tile, panels};
+    }
+    return {tiles.end, 0};
   }
 
  private:
   [[nodiscard]] page_bits pages_of(index_t b, index_t q_head) const noexcept {
     return page_bits(pages_ + (b * kv_heads_ + kv_head_of(q_head, q_heads_, kv_heads_, group_offsets_)) * words_);
+  }
+  [[nodiscard]] std::uint32_t panels_of(const page_bits& pages, index_t tile) const noexcept {
+    if (page_tokens_ == tile_tokens) return pages.has(tile) ? all_panels : 0;
+    std::uint32_t panels = 0;
+    for (index_t n = 0; n < tile_panels; ++n)
+      panels |= static_cast<std::uint32_t>(pages.has(tile * tile_panels + n)) << n;
+    return panels;
   }
 
   index_t q_heads_, kv_heads_;
@@ -139,14 +147,14 @@ class page_reader {
     const error_watch watch;
     if (reads_all()) {
       if (report != nullptr && !fill(*report, 1)) return;
-      return attend(q_, kv_, out, options_.attention, no_variant{}, ctx_);
+      return attend<tile_parts::panels>(q_, kv_, out, options_.attention, no_variant{}, ctx_);
     }
     for_each_task([&](head_task& t) { choose_first(t); });
     attention_options of_round = options_.attention;
-    const chosen_pages chosen(shape, options_.attention.group_offsets, page_tokens(), rounds_, words_of_round());
+    const chosen_pages<A> chosen(shape, options_.attention.group_offsets, page_tokens(), rounds_, words_of_round());
     index_t rounds = 0;
     for (bool any = true; any; ++rounds) {
-      attend(q_, kv_, rounds == 0 ? total_ : round_, of_round, chosen, ctx_);
+      attend<tile_parts::panels>(q_, kv_, rounds == 0 ? total_ : round_, of_round, chosen, ctx_);
       if (rounds > 0 && !watch.failed()) merge(total_, partial_state<const A>(round_), ctx_);
       if (watch.failed()) return;
       of_round.sinks = {};  // they count once

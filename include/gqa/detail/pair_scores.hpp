@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
 /// pair_scores: what a call makes of one query and one key, in double. For tools that look at a call pair by pair
-/// (diagnostics.hpp, error_bound()); the engine has whole rows of tiles instead (score_rules.hpp).
+/// (diagnostics.hpp, error_bound()); the engine has whole rows of tiles instead (engine/score_rules.hpp).
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/score_rules.hpp>
+#include <gqa/detail/engine/visible_keys.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/options.hpp>
 #include <gqa/tensor_view.hpp>

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/cache/decoded_kv.hpp>
 #include <gqa/detail/check.hpp>
 #include <gqa/detail/row_kernel.hpp>
 #include <gqa/detail/tile.hpp>
@@ -22,9 +23,8 @@ inline namespace GQA_ISA {
 /// The first `length` keys of KV heads [first_head, first_head + heads) of sequence b of a source, which outlives it.
 template <class Source>
 class part_of_source {
-  static_assert(
-      !requires(const Source& kv) { kv.gone_tiles(index_t{}); },
-      "gqa: grouped attention takes all keys of a sequence, of which a ring_kv_cache has dropped some");
+  static_assert(!may_have_gaps<Source>,
+                "gqa: grouped attention takes all keys of a sequence, of which a ring_kv_cache has dropped some");
 
  public:
   using element = typename Source::element;

@@ -189,13 +189,10 @@ struct ragged_rows {
   return keys - q_len;
 }
 
-/// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
-template <class A, class L>
-struct problem {
+/// What is known of a call whatever its types are: which rows there are, and where.
+struct call_geometry {
   call_shape shape;
   attention_options options;
-  query_rows<A, queries_of_left<L>> q;
-  output_rows<A> out;
   ragged_rows ragged = {};
 
   [[nodiscard]] double scale() const noexcept {
@@ -240,6 +237,13 @@ struct problem {
   [[nodiscard]] index_t first_head_after(index_t g) const noexcept {
     return options.group_offsets.empty() ? first_head(g + 1) : options.group_offsets[static_cast<std::size_t>(g) + 1];
   }
+};
+
+/// A: what scores and outputs are accumulated in; L: what queries and weights are held in.
+template <class A, class L>
+struct problem : call_geometry {
+  query_rows<A, queries_of_left<L>> q = {};
+  output_rows<A> out = {};
 };
 
 }  // namespace GQA_ISA

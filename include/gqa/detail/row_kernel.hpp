@@ -16,6 +16,7 @@
 /// one lane; which of the two a tile takes depends on its own sequence alone.
 #pragma once
 
+#include <array>
 #include <type_traits>
 #include <utility>
 
@@ -34,9 +35,7 @@ inline namespace GQA_ISA {
 /// Tokens of a group: whole packets of any ISA.
 inline constexpr index_t group_tokens = panel_tokens;
 
-/// 16 rows of keys [16, D] or values [16, E] in memory. (Kernels take it by value: by reference its members would be
-/// loaded again after each store of a packet, which may alias anything, and addresses would wait for stores. It cost a
-/// single row a third of its speed.)
+/// 16 rows of keys [16, D] or values [16, E] in memory, as a source has them.
 template <class T>
 struct row_group {
   const T* at;
@@ -44,8 +43,17 @@ struct row_group {
 };
 template <class K, class V>
 struct kv_rows {
+  using key = K;
+  using value = V;
   row_group<K> k;
   row_group<V> v;
+};
+/// The same as kernels take them, who know the type. (By value: by reference its members would be loaded again after
+/// each store of a packet, which may alias anything, and addresses would wait for stores. It cost a single row a third
+/// of its speed.)
+struct row_strip {
+  const void* at;
+  index_t stride;  // elements
 };
 /// How groups are visited: by so many query rows of a KV head, and so many KV heads before the next group.
 struct group_visit {
@@ -79,12 +87,6 @@ inline constexpr bool multiplies_pairs = std::is_same_v<T, L>&& has_dot<T>;
 /// Elements of a key that one packet of products takes.
 template <class A, class K, class L>
 inline constexpr index_t dot_elements = (multiplies_pairs<K, L> ? 2 : 1) * packet_size<A>;
-
-/// True for dims that the row kernels take: whole packets only.
-template <class A, class K, class L>
-[[nodiscard]] constexpr bool row_kernel_takes(index_t head_dim, index_t value_dim) noexcept {
-  return head_dim % dot_elements<A, K, L> == 0 && value_dim % (block_vectors * packet_size<A>) == 0;
-}
 
 /// sum[r] += the products of q's row r and `Steps` steps of a key.
 template <int Rows, int Steps, class A, class L, class K>
@@ -122,12 +124,13 @@ GQA_INLINE void dot_lanes(const K* key, const L* q, index_t q_stride, index_t he
 
 /// S [Rows, 16] = Q [Rows, D] K^T, in rows of 64.
 template <int Rows, class A, class L, class K>
-void score_rows(row_group<K> keys, rows_ahead ahead, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
+void score_rows(row_strip keys, rows_ahead ahead, const L* q, index_t q_stride, index_t head_dim, A* s) noexcept {
   constexpr index_t width = packet_size<A>;
   alignas(64) A lanes[Rows][group_tokens * width];
-  const K* key = keys.at;
+  const K* const first = static_cast<const K*>(keys.at);
+  const K* key = first;
   for (index_t t = 0; t < group_tokens; ++t, key += keys.stride) {
-    fetch_row(keys.at, ahead, t, head_dim);
+    fetch_row(first, ahead, t, head_dim);
     dot_lanes<Rows>(key, q, q_stride, head_dim, lanes[0] + t * width, group_tokens * width);
   }
   for (int r = 0; r < Rows; ++r) {
@@ -196,8 +199,9 @@ void value_row_columns(row_group<V> rows, rows_ahead ahead, index_t value_dim, c
 /// sums += P V [Rows, E] and the weights P themselves, unless the softmax sums those: some of the rows, then the
 /// others, which find the group in L1.
 template <int Rows, class A, class L, class V>
-void value_rows(row_group<V> rows, rows_ahead ahead, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
+void value_rows(row_strip strip, rows_ahead ahead, const L* p, const weighted_sums<A>& sums, index_t sums_stride,
                 index_t value_dim) noexcept {
+  const row_group<V> rows{static_cast<const V*>(strip.at), strip.stride};
   constexpr int passes = static_cast<int>(ceil_div(Rows, pass_rows)), now = static_cast<int>(ceil_div(Rows, passes));
   constexpr index_t wide = row_vectors * packet_size<A>, narrow = block_columns<A>;
   index_t column = 0;
@@ -216,17 +220,30 @@ void value_rows(row_group<V> rows, rows_ahead ahead, const L* p, const weighted_
     }
   }
   if constexpr (Rows > now)
-    value_rows<Rows - now, A>(rows, {}, p + now * tile_tokens, {sums.values + now * sums_stride, sums.weights + now},
-                              sums_stride, value_dim);
+    value_rows<Rows - now, A, L, V>(strip, {}, p + now * tile_tokens,
+                                    {sums.values + now * sums_stride, sums.weights + now}, sums_stride, value_dim);
 }
 
-/// The two products for each number of rows in a block.
-template <class A, class L, class K, class V>
-struct row_kernels {
-  static constexpr std::make_integer_sequence<int, block_rows> blocks{};
-  static constexpr auto scores = by_rows([]<int Rows>() { return &score_rows<Rows, A, L, K>; }, blocks);
-  static constexpr auto values = by_rows([]<int Rows>() { return &value_rows<Rows, A, L, V>; }, blocks);
+/// The two products for each number of rows in a block, and the multiples of dims that they take.
+template <class A, class L>
+struct strip_table {
+  using score_kernel = void (*)(row_strip, rows_ahead, const queries_of_left<L>* q, index_t q_stride, index_t head_dim,
+                                A* s) noexcept;
+  using value_kernel = void (*)(row_strip, rows_ahead, const weight_element<L>* p, const weighted_sums<A>&,
+                                index_t sums_stride, index_t value_dim) noexcept;
+  std::array<score_kernel, block_rows> scores;
+  std::array<value_kernel, block_rows> values;
+  index_t head_dims, value_dims;
+
+  [[nodiscard]] bool takes(index_t head_dim, index_t value_dim) const noexcept {
+    return head_dim % head_dims == 0 && value_dim % value_dims == 0;
+  }
 };
+template <class A, class L, class K, class V>
+inline constexpr strip_table<A, L> strip_table_of{
+    by_rows([]<int Rows>() { return &score_rows<Rows, A, L, K>; }, std::make_integer_sequence<int, block_rows>{}),
+    by_rows([]<int Rows>() { return &value_rows<Rows, A, L, V>; }, std::make_integer_sequence<int, block_rows>{}),
+    dot_elements<A, K, L>, block_vectors* packet_size<A>};
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -8,8 +8,8 @@
 #include <numbers>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/engine/score_rules.hpp>
 #include <gqa/detail/problem.hpp>
-#include <gqa/detail/score_rules.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/visibility.hpp>
 #include <gqa/variants.hpp>
@@ -80,8 +80,8 @@ class score_bound {
 
   const attention_options& options_;
   interval_rule interval_;
-  no_variant nothing_;
-  score_rules<A, L, no_variant> rules_;
+  no_rules<A> nothing_;
+  score_rules<A, L> rules_;
 };
 
 }  // namespace GQA_ISA

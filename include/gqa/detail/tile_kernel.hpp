@@ -61,6 +61,11 @@ template <class P>
 struct next_tile {
   fetched_from<P> keys, values;
 };
+/// Lines that are there already, which costs nothing.
+template <class P>
+[[nodiscard]] next_tile<P> at_hand(const kv_tile<P>& tile) noexcept {
+  return {{tile.k[0], 0}, {tile.v[0], 0}};
+}
 
 /// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
 template <class P, class L, int Rows, int Vectors>
@@ -396,29 +401,25 @@ struct stream_kernels {
   static constexpr auto scores = by_rows([]<int Rows>() { return &score_block_in_order<P, L, Rows, How>; }, streams);
   static constexpr auto values = by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows, How>; }, streams);
 };
+/// The same as a value.
+template <class P, class L>
+struct stream_table {
+  using kernel = void (*)(const block_operands<P, L>&) noexcept;
+  using kernels = std::array<kernel, static_cast<std::size_t>(stream_rows<accumulator_t<P>>)>;
+  kernels scores, values;
+  bool scattered;  // asks ahead for what operands say
+};
+template <class P, class L, reading How>
+inline constexpr stream_table<P, L> stream_table_of{stream_kernels<P, L, How>::scores,
+                                                    stream_kernels<P, L, How>::values, How == reading::scattered};
 
 /// The scores s [rows, 64] of up to 6 rows of queries in accumulators on a whole tile, and nothing else.
 template <class P, reading How = reading::blocks>
 void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_stride, index_t head_dim, index_t rows,
                 accumulator_t<P>* s) noexcept {
   using A = accumulator_t<P>;
-  const block_operands<P, A> op{tile,
-                                q,
-                                q_stride,
-                                head_dim,
-                                s,
-                                A{1},
-                                nullptr,
-                                nullptr,
-                                0,
-                                nullptr,
-                                nullptr,
-                                0,
-                                0,
-                                tile_panels,
-                                nullptr,
-                                nullptr,
-                                {{tile.k[0], 0}, {tile.v[0], 0}}};
+  const block_operands<P, A> op{tile,    q,       q_stride, head_dim, s,           A{1},    nullptr, nullptr,      0,
+                                nullptr, nullptr, 0,        0,        tile_panels, nullptr, nullptr, at_hand(tile)};
   const auto row = static_cast<std::size_t>(rows - 1);
   if constexpr (How == reading::blocks) {
     row_block_kernels<P, A>::scores[row](op);

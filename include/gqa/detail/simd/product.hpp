@@ -131,7 +131,7 @@ GQA_INLINE void load_two_rows(const Eigen::bfloat16* first, const Eigen::bfloat1
     return words;
   }();
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-  for (int half = 0; half < 2; ++half)
+  for (std::size_t half = 0; half < 2; ++half)
     columns[half] = std::bit_cast<__m512bh>(_mm512_permutex2var_epi16(a, _mm512_load_si512(&order[32 * half]), b));
 }
 

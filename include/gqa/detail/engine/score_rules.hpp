@@ -15,47 +15,33 @@
 #include <type_traits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/engine/row_rules.hpp>
+#include <gqa/detail/engine/visible_keys.hpp>
 #include <gqa/detail/online_softmax.hpp>
 #include <gqa/detail/problem.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile.hpp>
-#include <gqa/tensor_view.hpp>
-#include <gqa/variants.hpp>
 
 GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// A query row, as masks, biases and variants index it.
-struct row_index {
-  index_t batch, query, q_head;  // query: index in the call
-  index_t position;              // absolute
-  index_t keys;                  // valid ones of its sequence
-};
-
-/// Row (b, h, s) of a [B|1, H|1, S, T] tensor, as a pointer to key 0; the stride between keys is view.stride(3).
-template <class T>
-[[nodiscard]] inline const T* mask_row(const tensor_view<const T, 4>& view, const row_index& row) noexcept {
-  const index_t b = view.extent(0) == 1 ? 0 : row.batch, h = view.extent(1) == 1 ? 0 : row.q_head;
-  return view.data() + b * view.stride(0) + h * view.stride(1) + row.query * view.stride(2);
-}
-
-template <class A, class L, class Variant>
+template <class A, class L>
 class score_rules {
  public:
-  score_rules(const problem<A, L>& p, const Variant& variant) noexcept
-      : options_(p.options),
-        ragged_(p.ragged),
-        variant_(variant),
-        plain_(!scores<Variant, A> && options_.softcap == 0 && !options_.bias && options_.alibi_slopes.empty()),
-        factor_(plain_ ? p.scale() * std::numbers::log2e : p.scale()) {}
+  score_rules(const call_geometry& call, const row_rules<A>& rules) noexcept
+      : options_(call.options),
+        ragged_(call.ragged),
+        rules_(rules),
+        plain_(!rules.changes_scores() && options_.softcap == 0 && !options_.bias && options_.alibi_slopes.empty()),
+        factor_(plain_ ? call.scale() * std::numbers::log2e : call.scale()) {}
 
   [[nodiscard]] bool is_plain() const noexcept { return plain_; }
   [[nodiscard]] score_base base() const noexcept { return plain_ ? score_base::two : score_base::e; }
   /// Whether a score of -inf may be meant to hide its key.
-  [[nodiscard]] bool may_hide() const noexcept { return scores<Variant, A> || options_.bias; }
+  [[nodiscard]] bool may_hide() const noexcept { return rules_.changes_scores() || options_.bias; }
   /// What queries are multiplied by, and what their products are. (0 times any product that is not NaN is 0, even of
   /// products that overflow.)
   [[nodiscard]] double query_factor() const noexcept {
@@ -83,12 +69,7 @@ class score_rules {
       for (index_t c = first; c < last; ++c)
         s[c] = held(scalar_madd(slope, static_cast<A>(distance(row, first_key + c)), s[c]), s[c], A{0});
     }
-    if constexpr (scores<Variant, A>) {
-      for (index_t c = first; c < last; ++c) {
-        if ((bits >> c & 1) == 0) continue;
-        s[c] = static_cast<A>(variant_.score(s[c], position{row.batch, row.q_head, row.position, first_key + c}));
-      }
-    }
+    if (rules_.changes_scores()) rules_.score(s, bits, row, first_key);
   }
 
  private:
@@ -118,7 +99,7 @@ class score_rules {
 
   const attention_options& options_;
   const ragged_rows& ragged_;
-  const Variant& variant_;
+  const row_rules<A>& rules_;
   bool plain_;
   double factor_;
 };

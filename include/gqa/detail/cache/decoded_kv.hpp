@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <type_traits>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
+#include <gqa/detail/cache/adapted_source.hpp>
+#include <gqa/detail/engine/tile_source.hpp>
 #include <gqa/detail/mixed.hpp>
 #include <gqa/detail/tile.hpp>
-#include <gqa/variants.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
@@ -46,46 +45,42 @@ template <class P>
   return contiguous_tile<float>(to, head_dim, value_dim, tile.nonfinite_values);
 }
 
-/// Tiles are decoded when they are asked for: as plain tensors are packed, once in prefill, by each row tile in decode.
-/// The source outlives it.
-template <class Source>
-class decoded_kv {
+/// The tiles of a source as floats. They are decoded when they are asked for, as plain tensors are packed: once in
+/// prefill, by each row tile in decode.
+template <class P>
+class decoded_tiles : public wrapped_source<float> {
  public:
-  using element = typename Source::element;
-  using panel_element = float;
-
-  explicit decoded_kv(const Source& kv) noexcept : kv_(kv) {}
-
-  [[nodiscard]] index_t batch() const noexcept { return kv_.batch(); }
-  [[nodiscard]] index_t kv_heads() const noexcept { return kv_.kv_heads(); }
-  [[nodiscard]] index_t kv_len() const noexcept { return kv_.kv_len(); }
-  [[nodiscard]] index_t length(index_t b) const noexcept { return kv_.length(b); }
-  [[nodiscard]] index_t head_dim() const noexcept { return kv_.head_dim(); }
-  [[nodiscard]] index_t value_dim() const noexcept { return kv_.value_dim(); }
-  [[nodiscard]] fault find_fault() const noexcept { return kv_.find_fault(); }
-  [[nodiscard]] index_t scratch_elements() const noexcept { return tile_elements<float>(head_dim(), value_dim()); }
-  [[nodiscard]] kv_tile<float> tile(index_t b, index_t g, index_t i, index_t tokens, float* scratch) const noexcept {
-    return decode_tile(kv_.tile(b, g, i, tokens, nullptr), head_dim(), value_dim(), tokens, scratch);
+  explicit decoded_tiles(const tile_source<P>& inner) noexcept : wrapped_source<float>(inner), inner_(inner) {
+    this->facts_.scratch_elements = tile_elements<float>(head_dim(), value_dim());
+    this->facts_.scatters_panels = this->facts_.makes_tiles_in_cache = false;  // tiles are packed into scratch
+    this->facts_.heads_lie_together = false;                                   // each head is decoded by itself
   }
-
-  [[nodiscard]] bool has_sequence(index_t b) const noexcept requires requires(const Source& kv) { kv.has_sequence(b); }
-  { return kv_.has_sequence(b); }
-  [[nodiscard]] key_range gone_tiles(index_t b) const noexcept requires requires(const Source& kv) { kv.gone_tiles(b); }
-  { return kv_.gone_tiles(b); }
-  [[nodiscard]] index_t page_size() const noexcept requires requires(const Source& kv) { kv.page_size(); }
-  { return kv_.page_size(); }
-  [[nodiscard]] std::span<const std::int32_t> pages_of(index_t b) const noexcept requires requires(const Source& kv) {
-    kv.pages_of(b);
+  [[nodiscard]] kv_tile<float> tile(index_t b, index_t g, index_t i, index_t tokens,
+                                    float* scratch) const noexcept override {
+    return decode_tile(inner_.tile(b, g, i, tokens, nullptr), head_dim(), value_dim(), tokens, scratch);
   }
-  { return kv_.pages_of(b); }
-  [[nodiscard]] bool has_shared_pages(index_t b) const noexcept requires requires(const Source& kv) {
-    kv.has_shared_pages(b);
-  }
-  { return kv_.has_shared_pages(b); }
 
  private:
-  const Source& kv_;
+  const tile_source<P>& inner_;
 };
+
+/// What is built before decoded_kv's tiles are.
+template <class Source>
+struct decoded_source {
+  adapted_source<Source> encoded;
+};
+/// A kv_source's tiles as floats; it outlives them.
+template <class Source>
+class decoded_kv final : decoded_source<Source>, public decoded_tiles<typename Source::panel_element> {
+ public:
+  using element = typename Source::element;
+  explicit decoded_kv(const Source& kv) noexcept
+      : decoded_source<Source>{adapted_source<Source>(kv)},
+        decoded_tiles<typename Source::panel_element>(this->encoded) {}
+};
+
+template <class Source>
+inline constexpr bool may_have_gaps<decoded_kv<Source>> = may_have_gaps<Source>;
 
 /// What reads single elements of tiles works from: the source, or, where they are encoded, a decoded_kv of it.
 template <class Source>
