@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <limits>
 
-#include <gqa/detail/exp2.hpp>
-#include <gqa/detail/online_softmax.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
+#include <gqa/detail/simd/exp2.hpp>
 
 #include "support/rng.hpp"
 

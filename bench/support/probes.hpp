@@ -11,9 +11,9 @@
 #include <vector>
 
 #include <gqa/context.hpp>
+#include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile_kernel.hpp>
 #include <gqa/huge_pages.hpp>
 
 #include "stopwatch.hpp"

@@ -18,8 +18,8 @@
 /// unless one KV head needs more; in decode over several threads, the states of unmerged splits, 64 MiB at most.
 ///
 /// Read on: detail/door/attend.hpp (types end) -> detail/engine/run.hpp (tasks) -> detail/engine/walk.hpp (the key
-/// tiles of one split) -> detail/engine/tile_step.hpp (one key tile) -> detail/tile_kernel.hpp (one row block) ->
-/// detail/online_softmax.hpp (one row) -> detail/engine/row_states.hpp (merged, finished, written).
+/// tiles of one split) -> detail/engine/tile_step.hpp (one key tile) -> detail/kernel/tile_kernel.hpp (one row block)
+/// -> detail/kernel/online_softmax.hpp (one row) -> detail/engine/row_states.hpp (merged, finished, written).
 #pragma once
 
 #include <utility>
@@ -27,7 +27,7 @@
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
 #include <gqa/detail/door/attend.hpp>
-#include <gqa/detail/turned.hpp>
+#include <gqa/detail/tile/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>

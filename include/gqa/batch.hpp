@@ -20,11 +20,11 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/reporting_vector.hpp>
-#include <gqa/detail/rows.hpp>
-#include <gqa/detail/visibility.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
+#include <gqa/detail/engine/problem.hpp>
+#include <gqa/detail/engine/visibility.hpp>
+#include <gqa/detail/tile/rows.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>

@@ -16,9 +16,9 @@
 
 #include <gqa/block_sparse.hpp>
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/random.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/random.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/variants.hpp>
 

@@ -16,8 +16,8 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/pool_executor.hpp>
-#include <gqa/detail/task.hpp>
+#include <gqa/detail/base/pool_executor.hpp>
+#include <gqa/detail/base/task.hpp>
 #include <gqa/error.hpp>
 
 namespace gqa {

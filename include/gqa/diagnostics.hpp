@@ -20,10 +20,10 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/pair_scores.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/state_memory.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/door/pair_scores.hpp>
+#include <gqa/detail/door/state_memory.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>

@@ -13,6 +13,7 @@
 #include <gqa/context.hpp>                // context: who runs the tasks, and scratch memory
 #include <gqa/diagnostics.hpp>            // attention_map(), entropy, mass, similarity of heads, compare()
 #include <gqa/eigen_tensor.hpp>           // view() of Eigen::Tensor and TensorMap
+#include <gqa/element_types.hpp>          // q8, kv_types: 8 bits, and two types in one cache
 #include <gqa/encoder_alibi.hpp>          // encoder_alibi: ALiBi by the distance to either side
 #include <gqa/error.hpp>                  // errc, error, set_error_handler()
 #include <gqa/grouped_attention.hpp>      // grouped_attention(): near keys exactly, far keys by query groups

@@ -16,9 +16,9 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/base/check.hpp>
 #include <gqa/detail/cache/decoded_kv.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/grouped_runner.hpp>
+#include <gqa/detail/grouped/grouped_runner.hpp>
 #include <gqa/error.hpp>
 #include <gqa/grouped_options.hpp>
 #include <gqa/groupwise_attention.hpp>

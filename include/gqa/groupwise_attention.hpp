@@ -17,14 +17,14 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/alibi_terms.hpp>
+#include <gqa/detail/base/carver.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
 #include <gqa/detail/cache/decoded_kv.hpp>
-#include <gqa/detail/carver.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/far_keys.hpp>
-#include <gqa/detail/group_attender.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/reporting_vector.hpp>
+#include <gqa/detail/engine/problem.hpp>
+#include <gqa/detail/grouped/alibi_terms.hpp>
+#include <gqa/detail/grouped/far_keys.hpp>
+#include <gqa/detail/grouped/group_attender.hpp>
 #include <gqa/error.hpp>
 #include <gqa/groupwise_options.hpp>
 #include <gqa/kv_cache.hpp>
@@ -174,8 +174,8 @@ inline namespace GQA_ISA {
 /// \param scores   scale, softcap, alibi_slopes, kv_lengths, group_offsets; query offsets mean something beside
 ///                 alibi_slopes only; sinks belong to a merge
 /// \throws error   as attention() does; (errc::shape, errc::range) for groups that do not fit
-/// Cost: detail/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a time;
-/// with alibi_slopes once for each of its query heads.
+/// Cost: detail/grouped/group_attender.hpp. Each KV head's keys and values are copied once, one head a worker at a
+/// time; with alibi_slopes once for each of its query heads.
 template <tensor_like Q, kv_source KV, class T, class A>
 void groupwise_attention(Q&& q, const KV& kv, std::span<const query_groups<A>> groups, const partial_state<T>& out,
                          const attention_options& scores, const groupwise_options& options, context& ctx) {

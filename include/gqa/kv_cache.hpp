@@ -6,15 +6,15 @@
 /// each (sequence, KV head) from front to back, and a token's attention has the same bits however it and the tokens
 /// before it were appended or asked for: prefill, chunks, one by one.
 ///
-/// Memory: [batch][kv head][tile of 64 tokens][keys, then values] (detail/tiled_cache.hpp), from one allocation at
-/// construction.
+/// Memory: [batch][kv head][tile of 64 tokens][keys, then values] (detail/cache/tiled_cache.hpp), from one allocation
+/// at construction.
 #pragma once
 
 #include <memory_resource>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/tiled_cache.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/cache/tiled_cache.hpp>
 
 namespace gqa {
 inline namespace GQA_ISA {

@@ -2,7 +2,7 @@
 /// \file
 /// kv_source: what the tile engine reads keys and values through. Plain tensors become one by kv_view().
 ///
-/// A source hands out tiles of 64 tokens at multiples of 64 (detail/tile.hpp) of any (sequence, KV head). One that
+/// A source hands out tiles of 64 tokens at multiples of 64 (detail/tile/tile.hpp) of any (sequence, KV head). One that
 /// stores its memory as tiles returns pointers into it; one that does not packs a tile into the scratch it is given.
 #pragma once
 
@@ -11,12 +11,12 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/pack.hpp>
-#include <gqa/detail/read_ahead.hpp>
-#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/kernel/read_ahead.hpp>
+#include <gqa/detail/kernel/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/pack.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/tensor_view.hpp>
 
 namespace gqa {
@@ -35,7 +35,8 @@ namespace gqa {
 ///   keys(), values(), tables()  views of its memory, which no output may overlap
 ///   rows(b, g, t), ahead(g, visit)
 ///                     rows from t on as they lie, of which those of valid keys are read, 16 by the kernel of few rows
-///                     (detail/row_kernel.hpp); and the rows that it asks for meanwhile
+///                     (detail/kernel/row_kernel.hpp); and the rows that it asks for meanwhile. Tiles of such a source
+///                     are packed, so they are not streamed from memory
 ///   has_whole_groups()  whether those 16 always lie a stride apart; without it they do
 ///   scatters_panels   a constant, true where what follows a panel in memory may not be what is read next
 ///   makes_tiles_in_cache  a constant, true where tile() is cheap enough to be called again by each row tile

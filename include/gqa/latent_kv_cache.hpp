@@ -18,12 +18,12 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/memory_piece.hpp>
-#include <gqa/detail/narrowing.hpp>
-#include <gqa/detail/pack.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/turned.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/memory_piece.hpp>
+#include <gqa/detail/tile/narrowing.hpp>
+#include <gqa/detail/tile/pack.hpp>
+#include <gqa/detail/tile/tile.hpp>
+#include <gqa/detail/tile/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 

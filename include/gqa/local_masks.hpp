@@ -16,8 +16,8 @@
 #include <cstdint>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/visibility.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/engine/visibility.hpp>
 #include <gqa/error.hpp>
 #include <gqa/variants.hpp>
 

@@ -28,8 +28,8 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/carver.hpp>
-#include <gqa/detail/check.hpp>
+#include <gqa/detail/base/carver.hpp>
+#include <gqa/detail/base/check.hpp>
 #include <gqa/error.hpp>
 #include <gqa/latent_kv_cache.hpp>
 #include <gqa/options.hpp>

@@ -19,16 +19,16 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/mixed.hpp>
-#include <gqa/detail/narrowing.hpp>
-#include <gqa/detail/pack.hpp>
-#include <gqa/detail/page_pool.hpp>
-#include <gqa/detail/q8.hpp>
-#include <gqa/detail/reporting_vector.hpp>
-#include <gqa/detail/rows.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/turned.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
+#include <gqa/detail/cache/page_pool.hpp>
+#include <gqa/detail/tile/mixed.hpp>
+#include <gqa/detail/tile/narrowing.hpp>
+#include <gqa/detail/tile/pack.hpp>
+#include <gqa/detail/tile/q8.hpp>
+#include <gqa/detail/tile/rows.hpp>
+#include <gqa/detail/tile/tile.hpp>
+#include <gqa/detail/tile/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>

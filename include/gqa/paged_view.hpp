@@ -19,11 +19,11 @@
 #include <span>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/pack.hpp>
-#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/kernel/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/pack.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>
 

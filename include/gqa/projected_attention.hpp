@@ -18,9 +18,9 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/page_reader.hpp>
-#include <gqa/detail/projected_bounds.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/sparse/page_reader.hpp>
+#include <gqa/detail/sparse/projected_bounds.hpp>
 #include <gqa/error.hpp>
 #include <gqa/page_options.hpp>
 #include <gqa/projected_keys.hpp>

@@ -28,14 +28,14 @@
 #include <Eigen/Core>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
 #include <gqa/detail/cache/adapted_source.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/mixed.hpp>
-#include <gqa/detail/pack.hpp>
-#include <gqa/detail/principal_directions.hpp>
-#include <gqa/detail/q8.hpp>
-#include <gqa/detail/reporting_vector.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/sparse/principal_directions.hpp>
+#include <gqa/detail/tile/mixed.hpp>
+#include <gqa/detail/tile/pack.hpp>
+#include <gqa/detail/tile/q8.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/variants.hpp>

@@ -29,11 +29,11 @@
 
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/mixed.hpp>
-#include <gqa/detail/pair_scores.hpp>
-#include <gqa/detail/q8.hpp>
-#include <gqa/detail/reporting_vector.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
+#include <gqa/detail/door/pair_scores.hpp>
+#include <gqa/detail/tile/mixed.hpp>
+#include <gqa/detail/tile/q8.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>
 #include <gqa/tensor_view.hpp>

@@ -13,8 +13,8 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/row_grouper.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/grouped/row_grouper.hpp>
 #include <gqa/error.hpp>
 #include <gqa/query_groups.hpp>
 #include <gqa/tensor_view.hpp>

@@ -7,17 +7,18 @@
 /// for must still be there: attention refuses a query that would see a key that is gone, so windows (attention_options)
 /// and sinks_and_window (local_masks.hpp) go with it. Rows have the bits that they have over a kv_cache of all tokens.
 ///
-/// Memory: tiles of 64 tokens (detail/tiled_cache.hpp), in slots by their number: the sinks' for good, and as many as a
-/// window may touch, and one to spare, in turns. So up to 65 tokens may be appended, and then be queries, at a time.
+/// Memory: tiles of 64 tokens (detail/cache/tiled_cache.hpp), in slots by their number: the sinks' for good, and as
+/// many as a window may touch, and one to spare, in turns. So up to 65 tokens may be appended, and then be queries, at
+/// a time.
 #pragma once
 
 #include <algorithm>
 #include <memory_resource>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/tiled_cache.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/cache/tiled_cache.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/variants.hpp>
 
 namespace gqa {

@@ -19,10 +19,10 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/narrowing.hpp>
-#include <gqa/detail/rows.hpp>
-#include <gqa/detail/turned.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/tile/narrowing.hpp>
+#include <gqa/detail/tile/rows.hpp>
+#include <gqa/detail/tile/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/rope_frequencies.hpp>
 #include <gqa/rope_turns.hpp>

@@ -26,8 +26,8 @@
 #include <vector>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/reporting_vector.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
 #include <gqa/error.hpp>
 
 namespace gqa {

@@ -15,7 +15,7 @@
 #include <utility>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/reporting_vector.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
 
 namespace gqa {
 

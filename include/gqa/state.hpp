@@ -18,7 +18,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
-#include <gqa/detail/check.hpp>
+#include <gqa/detail/base/check.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/error.hpp>
 #include <gqa/tensor_view.hpp>

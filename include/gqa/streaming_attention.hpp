@@ -19,11 +19,11 @@
 #include <gqa/attention.hpp>
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/base/reporting_vector.hpp>
 #include <gqa/detail/cache/adapted_source.hpp>
-#include <gqa/detail/check.hpp>
 #include <gqa/detail/door/attend.hpp>
-#include <gqa/detail/reporting_vector.hpp>
-#include <gqa/detail/state_memory.hpp>
+#include <gqa/detail/door/state_memory.hpp>
 #include <gqa/error.hpp>
 #include <gqa/local_masks.hpp>
 #include <gqa/options.hpp>

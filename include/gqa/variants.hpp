@@ -73,11 +73,6 @@ template <class V>
 concept hides_bits = requires(const V& v, const position& p) {
   { v.visible_bits(p) } -> std::same_as<std::uint64_t>;
 };
-/// All rows of a KV head see the same panels of 16 keys, and all of each: of each tile a bit a panel.
-template <class V>
-concept shows_panels = requires(const V& v, index_t batch, index_t q_head, index_t tile) {
-  { v.detail_panels_of(batch, q_head)(tile) } -> std::same_as<std::uint32_t>;
-};
 template <class V>
 concept bounds_keys = requires(const V& v, const key_range& queries) {
   { v.keys(queries) } -> std::same_as<key_range>;

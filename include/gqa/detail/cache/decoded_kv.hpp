@@ -12,8 +12,8 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/cache/adapted_source.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
-#include <gqa/detail/mixed.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/mixed.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {

@@ -20,14 +20,14 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/base/check.hpp>
 #include <gqa/detail/cache/adapted_source.hpp>
 #include <gqa/detail/cache/decoded_kv.hpp>
-#include <gqa/detail/check.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/run.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/turned.hpp>
+#include <gqa/detail/tile/turned.hpp>
 #include <gqa/error.hpp>
 #include <gqa/kv_source.hpp>
 #include <gqa/options.hpp>

@@ -11,16 +11,16 @@
 
 #include <gqa/config.hpp>
 #include <gqa/context.hpp>
+#include <gqa/detail/engine/families.hpp>
+#include <gqa/detail/engine/key_tiles.hpp>
+#include <gqa/detail/engine/plan.hpp>
+#include <gqa/detail/engine/problem.hpp>
+#include <gqa/detail/engine/row_cut.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
 #include <gqa/detail/engine/visible_keys.hpp>
-#include <gqa/detail/families.hpp>
-#include <gqa/detail/key_tiles.hpp>
-#include <gqa/detail/plan.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/row_cut.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {

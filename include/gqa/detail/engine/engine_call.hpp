@@ -9,22 +9,22 @@
 #include <type_traits>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/carver.hpp>
-#include <gqa/detail/check.hpp>
+#include <gqa/detail/base/carver.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/score_rules.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
 #include <gqa/detail/engine/visible_keys.hpp>
-#include <gqa/detail/online_softmax.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/q8.hpp>
-#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
+#include <gqa/detail/kernel/row_kernel.hpp>
+#include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/tile_kernel.hpp>
+#include <gqa/detail/tile/q8.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/options.hpp>
 
 namespace gqa::detail {

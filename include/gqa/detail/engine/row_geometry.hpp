@@ -12,9 +12,9 @@
 #include <span>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {

@@ -12,8 +12,8 @@
 #include <cstdint>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/variants.hpp>
 
 namespace gqa::detail {

@@ -11,13 +11,13 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/engine/engine_call.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
-#include <gqa/detail/online_softmax.hpp>
-#include <gqa/detail/q8.hpp>
-#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
+#include <gqa/detail/kernel/row_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/q8.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 GQA_BEGIN_PACKET_CODE
 

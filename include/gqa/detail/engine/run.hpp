@@ -26,18 +26,18 @@
 #include <gqa/context.hpp>
 #include <gqa/detail/engine/division.hpp>
 #include <gqa/detail/engine/engine_call.hpp>
+#include <gqa/detail/engine/families.hpp>
+#include <gqa/detail/engine/key_tiles.hpp>
+#include <gqa/detail/engine/plan.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/row_states.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
 #include <gqa/detail/engine/walk.hpp>
-#include <gqa/detail/families.hpp>
-#include <gqa/detail/key_tiles.hpp>
-#include <gqa/detail/online_softmax.hpp>
-#include <gqa/detail/plan.hpp>
-#include <gqa/detail/problem.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {

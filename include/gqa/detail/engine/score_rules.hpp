@@ -15,13 +15,13 @@
 #include <type_traits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/visible_keys.hpp>
-#include <gqa/detail/online_softmax.hpp>
-#include <gqa/detail/problem.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 GQA_BEGIN_PACKET_CODE
 

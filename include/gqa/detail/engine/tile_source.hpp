@@ -15,13 +15,13 @@
 #include <type_traits>
 
 #include <gqa/config.hpp>
-#include <gqa/detail/check.hpp>
-#include <gqa/detail/mixed.hpp>
-#include <gqa/detail/row_kernel.hpp>
+#include <gqa/detail/base/check.hpp>
+#include <gqa/detail/kernel/mixed_kernel.hpp>
+#include <gqa/detail/kernel/row_kernel.hpp>
+#include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/tile_kernel.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/error.hpp>
 #include <gqa/variants.hpp>
 

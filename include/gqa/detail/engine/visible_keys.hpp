@@ -15,13 +15,13 @@
 #include <span>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/engine/key_tiles.hpp>
+#include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/row_rules.hpp>
 #include <gqa/detail/engine/tile_source.hpp>
-#include <gqa/detail/key_tiles.hpp>
-#include <gqa/detail/problem.hpp>
-#include <gqa/detail/tile.hpp>
-#include <gqa/detail/visibility.hpp>
+#include <gqa/detail/engine/visibility.hpp>
+#include <gqa/detail/tile/tile.hpp>
 #include <gqa/tensor_view.hpp>
 #include <gqa/variants.hpp>
 

@@ -13,16 +13,16 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/engine/engine_call.hpp>
+#include <gqa/detail/engine/families.hpp>
+#include <gqa/detail/engine/key_tiles.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/row_states.hpp>
 #include <gqa/detail/engine/strip_step.hpp>
 #include <gqa/detail/engine/tile_step.hpp>
 #include <gqa/detail/engine/tile_stream.hpp>
-#include <gqa/detail/families.hpp>
-#include <gqa/detail/key_tiles.hpp>
-#include <gqa/detail/online_softmax.hpp>
+#include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/simd/convert.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/detail/tile/tile.hpp>
 
 namespace gqa::detail {
 inline namespace GQA_ISA {

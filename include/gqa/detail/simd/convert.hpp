@@ -11,8 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include <gqa/detail/simd/lanes.hpp>
 #include <gqa/detail/simd/packet.hpp>
-#include <gqa/detail/tile.hpp>
 
 GQA_BEGIN_PACKET_CODE
 

@@ -22,7 +22,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/element_types.hpp>
 
 GQA_BEGIN_PACKET_CODE
 

@@ -13,7 +13,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
-#include <gqa/detail/tile.hpp>
+#include <gqa/element_types.hpp>
 
 GQA_BEGIN_PACKET_CODE
 
