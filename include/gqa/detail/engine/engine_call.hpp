@@ -19,6 +19,7 @@
 #include <gqa/detail/engine/visible_keys.hpp>
 #include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/kernel/row_kernel.hpp>
+#include <gqa/detail/kernel/stream_kernel.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>

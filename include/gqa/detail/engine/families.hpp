@@ -55,7 +55,7 @@ class families {
   /// them. Those who share make up families enough for `least_tasks` row tiles and splits, where that can be.
   /// Cost: a sort of those who may join, which compares their pages, and nothing where there are none.
   template <class Sequences>
-  void find(const Sequences& sequences, index_t least_tasks = 1) noexcept {
+  void find(const Sequences& sequences, index_t least_tasks = 1) {
     const auto alone = std::partition(members_.begin(), members_.end(), [&](index_t b) {
       return sequences.rows(b) > 0 && sequences.rows(b) <= most_rows / 2 && sequences.has_shared_pages(b);
     });
@@ -88,7 +88,7 @@ class families {
 
   /// Whole key tiles that two sequences have in the same pages, if enough of those that they read are among them.
   template <class Sequences>
-  [[nodiscard]] static index_t tiles_to_share(const Sequences& sequences, index_t b, index_t c) noexcept {
+  [[nodiscard]] static index_t tiles_to_share(const Sequences& sequences, index_t b, index_t c) {
     const auto of_b = sequences.pages(b), of_c = sequences.pages(c);
     const auto differs = std::mismatch(of_b.begin(), of_b.end(), of_c.begin(), of_c.end()).first;
     const index_t tokens = (differs - of_b.begin()) * sequences.page_size();
@@ -100,7 +100,7 @@ class families {
 
   /// Cuts members [first, end) into families of about so many rows.
   template <class Sequences>
-  void cut(const Sequences& sequences, std::size_t first, std::size_t end, index_t about) noexcept {
+  void cut(const Sequences& sequences, std::size_t first, std::size_t end, index_t about) {
     index_t rows = 0;
     for (std::size_t n = first; n < end; ++n) {
       const index_t own = sequences.rows(members_[n]);

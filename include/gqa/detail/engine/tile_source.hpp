@@ -18,6 +18,7 @@
 #include <gqa/detail/base/check.hpp>
 #include <gqa/detail/kernel/mixed_kernel.hpp>
 #include <gqa/detail/kernel/row_kernel.hpp>
+#include <gqa/detail/kernel/stream_kernel.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/product.hpp>

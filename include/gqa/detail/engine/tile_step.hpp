@@ -20,6 +20,7 @@
 #include <gqa/detail/engine/engine_call.hpp>
 #include <gqa/detail/engine/row_geometry.hpp>
 #include <gqa/detail/engine/visible_keys.hpp>
+#include <gqa/detail/kernel/block_operands.hpp>
 #include <gqa/detail/kernel/mixed_kernel.hpp>
 #include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>

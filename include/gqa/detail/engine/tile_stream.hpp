@@ -18,6 +18,7 @@
 #include <gqa/detail/engine/tile_step.hpp>
 #include <gqa/detail/kernel/online_softmax.hpp>
 #include <gqa/detail/kernel/read_ahead.hpp>
+#include <gqa/detail/kernel/stream_kernel.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>

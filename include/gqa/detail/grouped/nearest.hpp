@@ -15,6 +15,7 @@
 #include <limits>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/kernel/score_tile.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile/pack.hpp>

@@ -17,6 +17,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/engine/visibility.hpp>
 #include <gqa/detail/grouped/alibi_terms.hpp>
+#include <gqa/detail/kernel/score_tile.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/tile/tile.hpp>

@@ -11,6 +11,7 @@
 #include <gqa/config.hpp>
 #include <gqa/detail/kernel/q8_kernel.hpp>
 #include <gqa/detail/kernel/read_ahead.hpp>
+#include <gqa/detail/kernel/stream_kernel.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile/mixed.hpp>
@@ -35,24 +36,15 @@ template <class To, class L, class From>
   const auto place = [](const auto& from) {
     return fetched_from<To>{reinterpret_cast<const To*>(from.at), from.bytes};
   };
-  block_operands<To, L> own{tile,
-                            nullptr,
-                            op.q_stride,
-                            op.head_dim,
-                            op.s,
-                            op.score_factor,
-                            nullptr,
-                            op.out,
-                            op.out_stride,
-                            op.weight_sums,
-                            op.alpha,
-                            op.value_dim,
-                            op.panel_begin,
-                            op.panel_end,
-                            op.tile_sums,
-                            op.tile_weights,
-                            {place(op.next.keys), place(op.next.values)},
-                            op.ahead};
+  block_operands<To, L> own{.tile = tile, .next = {place(op.next.keys), place(op.next.values)}};
+  own.q_stride = op.q_stride, own.head_dim = op.head_dim;
+  own.s = op.s, own.score_factor = op.score_factor;
+  own.out = op.out, own.out_stride = op.out_stride;
+  own.weight_sums = op.weight_sums, own.alpha = op.alpha;
+  own.value_dim = op.value_dim;
+  own.panel_begin = op.panel_begin, own.panel_end = op.panel_end;
+  own.tile_sums = op.tile_sums, own.tile_weights = op.tile_weights;
+  own.ahead = op.ahead;
   return own;
 }
 

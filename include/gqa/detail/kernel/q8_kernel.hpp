@@ -23,6 +23,7 @@
 
 #include <gqa/config.hpp>
 #include <gqa/detail/kernel/read_ahead.hpp>
+#include <gqa/detail/kernel/stream_kernel.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/vnni.hpp>

@@ -21,6 +21,7 @@
 #include <utility>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/kernel/block_operands.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>

@@ -24,7 +24,9 @@
 #include <utility>
 
 #include <gqa/config.hpp>
+#include <gqa/detail/kernel/block_operands.hpp>
 #include <gqa/detail/kernel/read_ahead.hpp>
+#include <gqa/detail/simd/convert.hpp>
 #include <gqa/detail/simd/packet.hpp>
 #include <gqa/detail/simd/product.hpp>
 #include <gqa/detail/tile/tile.hpp>
@@ -33,39 +35,6 @@ GQA_BEGIN_PACKET_CODE
 
 namespace gqa::detail {
 inline namespace GQA_ISA {
-
-inline constexpr int block_rows = 6;
-inline constexpr int block_vectors = packet_registers == 32 ? 4 : 2;
-template <class A>
-inline constexpr index_t block_columns = index_t{block_vectors} * packet_size<A>;
-
-/// Rows of a block that streams a tile from memory: a sum for each in a panel's width, and 2 packets of values for more
-/// than 6. (8 rows gain a fifth over two blocks of 4 that fetch ahead, 12 would lose as much.)
-template <class A>
-inline constexpr int stream_rows = (packet_size<A> == panel_tokens && packet_registers == 32) ? 8 : block_rows;
-
-/// Several row blocks ask for the next tile while they compute, a cache line a step, for one prefetch hides among 24
-/// multiply-adds, and two do not. Four blocks ask for all of a tile of floats or bfloat16 (64 D elements of keys in D /
-/// p steps, 64 E of values in E / p), two for all of one of half.
-[[nodiscard]] constexpr index_t bytes_fetched(index_t steps) noexcept {
-  return 64 * steps;
-}
-/// What a row block asks for: from so many bytes after some place on. (Not one pointer, which may not be formed where
-/// there is no next tile.)
-template <class P>
-struct fetched_from {
-  const P* at;
-  index_t bytes;
-};
-template <class P>
-struct next_tile {
-  fetched_from<P> keys, values;
-};
-/// Lines that are there already, which costs nothing.
-template <class P>
-[[nodiscard]] next_tile<P> at_hand(const kv_tile<P>& tile) noexcept {
-  return {{tile.k[0], 0}, {tile.v[0], 0}};
-}
 
 /// One step: sum[r][v] += A[r, :p] B[:p, v]. A is row-major with `a_stride`; packet v of B's row of lanes is at b[v].
 template <class P, class L, int Rows, int Vectors>
@@ -104,34 +73,6 @@ GQA_INLINE void clear(packet<A> (&sum)[Rows][Vectors]) noexcept {
     for (int v = 0; v < Vectors; ++v) sum[r][v] = zeros<A>();
   }
 }
-
-/// Operands of one row block's products: panels of P, queries and weights in L. Shapes: q [Rows, D], s and p [Rows,
-/// 64], out [Rows, padded E], alpha [Rows].
-template <class P, class L>
-struct block_operands {
-  using A = accumulator_t<P>;
-  const kv_tile<P>& tile;
-  const queries_of_left<L>* q;
-  index_t q_stride;
-  index_t head_dim;
-  A* s;                        // scores; row stride 64
-  A score_factor;              // on the products of 16-bit queries, which cannot carry it
-  const weight_element<L>* p;  // row stride 64
-  A* out;
-  index_t out_stride;
-  A* weight_sums;  // [Rows], null where the softmax sums weights
-  const A* alpha;
-  index_t value_dim;               // padded
-  index_t panel_begin, panel_end;  // the panels that some row of the block sees
-  A* tile_sums;                    // [Rows, padded E] and
-  A* tile_weights;                 // [Rows]: scratch of products in the order of memory
-  next_tile<P> next;
-  panels_ahead ahead = {};  // what scattered panels ask for
-};
-
-/// How a tile is read: by blocks, which ask for the next one meanwhile; or from memory, panel by panel, by a single
-/// block, which asks for what follows in memory or, of scattered panels, in its order.
-enum class reading { blocks, in_order, scattered };
 
 /// Bytes from panel `panel` to what it asks for: a constant where that follows in memory (which gains 2 %).
 template <class P, reading How>
@@ -299,93 +240,6 @@ void value_block_rows(const block_operands<P, L>& op) noexcept {
       [&op]<int Vectors, int Weights>(const value_place& at) { value_columns<P, L, Rows, Vectors, Weights>(op, at); });
 }
 
-/// Sums over keys: of weighted values [Rows, padded E] and of the weights themselves [Rows], null where the softmax
-/// sums them.
-template <class A>
-struct weighted_sums {
-  A* values;
-  A* weights;
-};
-
-/// total [Rows] = alpha total + the sums of a tile, once all of it is in.
-template <class A>
-void add_tile_sums(const weighted_sums<A>& tile, const A* alpha, const weighted_sums<A>& total, index_t rows,
-                   index_t stride) noexcept {
-  for (index_t r = 0; r < rows; ++r) {
-    const packet<A> scale = broadcast(alpha[r]);
-    for (index_t e = r * stride; e < (r + 1) * stride; e += packet_size<A>)
-      store(total.values + e, madd(load(total.values + e), scale, load(tile.values + e)));
-    if (total.weights != nullptr) total.weights[r] = scalar_madd(total.weights[r], alpha[r], tile.weights[r]);
-  }
-}
-
-/// Scores panel by panel: memory from front to back.
-template <class P, class L, int Rows, reading How>
-void score_block_in_order(const block_operands<P, L>& op) noexcept {
-  constexpr int panel_vectors = static_cast<int>(panel_tokens / packet_size<accumulator_t<P>>);
-  for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel)
-    score_columns<P, L, Rows, panel_vectors, How>(op, panel * panel_tokens);
-}
-
-/// sums[:, Vectors packets of columns] += P V of one panel, from 0 if it is the first. (Its loop steps pointers:
-/// finding each token's place anew, as value_columns() does across panels, costs one row a tenth of its speed.)
-template <class P, class L, int Rows, int Vectors, int Weights, reading How>
-void value_panel_columns(const block_operands<P, L>& op, index_t panel, const value_place& at) noexcept {
-  using A = accumulator_t<P>;
-  constexpr int width = packet_size<A>;
-  constexpr index_t lanes = lane_elements<P>;
-  const bool starts = panel == op.panel_begin;
-  A* const sums = op.tile_sums + at.block + at.column;
-  packet<A> sum[Rows][Vectors];
-  GQA_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = starts ? zeros<A>() : load(sums + r * op.out_stride + v * width);
-  }
-  std::array<A, Weights> weights{};
-  if (!starts) std::copy_n(op.tile_weights + at.first_row, Weights, weights.begin());
-  const L* const p = op.p + panel * panel_tokens;
-  const index_t ahead = bytes_ahead<P, How>(op.ahead.v, panel);
-  const P* const from = op.tile.v[static_cast<std::size_t>(panel)] + at.block * panel_tokens + at.column * lanes;
-  const P* b[Vectors];
-  GQA_UNROLL
-  for (int v = 0; v < Vectors; ++v) b[v] = from + v * width * lanes;
-  for (index_t t = 0; t < panel_tokens; t += lanes) {
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) fetch_ahead<Rows, width * lanes>(b[v], t * at.columns + v * width * lanes, ahead);
-    multiply_step<P, L>(sum, p + t, tile_tokens, b);
-    add_weights<P, L>(weights, p + at.first_row * tile_tokens + t);
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) b[v] += at.columns * lanes;
-  }
-  GQA_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    GQA_UNROLL
-    for (int v = 0; v < Vectors; ++v) store(sums + r * op.out_stride + v * width, sum[r][v]);
-  }
-  std::copy_n(weights.begin(), Weights, op.tile_weights + at.first_row);
-}
-
-/// Output of a row block, panel by panel: each panel's columns have their sums in L1 while the others' turn is.
-template <class P, class L, int Rows, reading How>
-void value_block_in_order(const block_operands<P, L>& op) noexcept {
-  using A = accumulator_t<P>;
-  constexpr int vectors = Rows <= block_rows ? block_vectors : block_vectors / 2;
-  for (index_t panel = op.panel_begin; panel < op.panel_end; ++panel) {
-    for_each_value_column<P, L, Rows, vectors>(op.value_dim,
-                                               [&op, panel]<int Vectors, int Weights>(const value_place& at) {
-                                                 value_panel_columns<P, L, Rows, Vectors, Weights, How>(op, panel, at);
-                                               });
-  }
-  add_tile_sums<A>({op.tile_sums, op.tile_weights}, op.alpha, {op.out, op.weight_sums}, Rows, op.out_stride);
-}
-
-/// {of.template operator()<1>(), <2>(), ...}: the kernels for 1, 2, ... rows.
-template <class F, int... Before>
-[[nodiscard]] constexpr auto by_rows(const F& of, std::integer_sequence<int, Before...>) noexcept {
-  return std::array{of.template operator()<Before + 1>()...};
-}
-
 /// The products of 1, 2, ... rows of many row blocks, which read a tile from cache.
 template <class P, class L>
 struct row_block_kernels {
@@ -393,40 +247,6 @@ struct row_block_kernels {
   static constexpr auto scores = by_rows([]<int Rows>() { return &score_block<P, L, Rows>; }, blocks);
   static constexpr auto values = by_rows([]<int Rows>() { return &value_block_rows<P, L, Rows>; }, blocks);
 };
-
-/// Those of a single block, which streams it from memory.
-template <class P, class L, reading How>
-struct stream_kernels {
-  static constexpr std::make_integer_sequence<int, stream_rows<accumulator_t<P>>> streams{};
-  static constexpr auto scores = by_rows([]<int Rows>() { return &score_block_in_order<P, L, Rows, How>; }, streams);
-  static constexpr auto values = by_rows([]<int Rows>() { return &value_block_in_order<P, L, Rows, How>; }, streams);
-};
-/// The same as a value.
-template <class P, class L>
-struct stream_table {
-  using kernel = void (*)(const block_operands<P, L>&) noexcept;
-  using kernels = std::array<kernel, static_cast<std::size_t>(stream_rows<accumulator_t<P>>)>;
-  kernels scores, values;
-  bool scattered;  // asks ahead for what operands say
-};
-template <class P, class L, reading How>
-inline constexpr stream_table<P, L> stream_table_of{stream_kernels<P, L, How>::scores,
-                                                    stream_kernels<P, L, How>::values, How == reading::scattered};
-
-/// The scores s [rows, 64] of up to 6 rows of queries in accumulators on a whole tile, and nothing else.
-template <class P, reading How = reading::blocks>
-void score_tile(const kv_tile<P>& tile, const accumulator_t<P>* q, index_t q_stride, index_t head_dim, index_t rows,
-                accumulator_t<P>* s) noexcept {
-  using A = accumulator_t<P>;
-  const block_operands<P, A> op{tile,    q,       q_stride, head_dim, s,           A{1},    nullptr, nullptr,      0,
-                                nullptr, nullptr, 0,        0,        tile_panels, nullptr, nullptr, at_hand(tile)};
-  const auto row = static_cast<std::size_t>(rows - 1);
-  if constexpr (How == reading::blocks) {
-    row_block_kernels<P, A>::scores[row](op);
-  } else {
-    stream_kernels<P, A, How>::scores[row](op);
-  }
-}
 
 }  // namespace GQA_ISA
 }  // namespace gqa::detail

@@ -22,6 +22,7 @@
 #include <gqa/detail/base/carver.hpp>
 #include <gqa/detail/engine/problem.hpp>
 #include <gqa/detail/engine/visibility.hpp>
+#include <gqa/detail/kernel/score_tile.hpp>
 #include <gqa/detail/kernel/tile_kernel.hpp>
 #include <gqa/detail/simd/exp2.hpp>
 #include <gqa/detail/simd/packet.hpp>
