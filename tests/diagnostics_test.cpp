@@ -186,6 +186,25 @@ TEST(Diagnostics, RefuseWhatDoesNotFit) {
             }),
             errc::shape);
 }
+
+TEST(Diagnostics, DoNotWriteOverTheTablesOfPages) {
+  const std::vector<float> x(16 * 4), q(4), lse(1);
+  const std::vector<std::int32_t> indices{0}, offsets{0, 1};
+  std::vector<index_t> lengths{16};
+  const auto pages = view(x.data(), {1, 16, 1, 4});
+  const paged_view<float> kv(pages, pages, indices, offsets, lengths);
+  const auto write_to = [&](float* mass) {
+    return code_of([&] {
+      context ctx;
+      attention_mass(view(q.data(), {1, 1, 1, 4}), kv, sliding_window(3, 0),
+                     tensor_view<const float, 3>(lse.data(), {1, 1, 1}), {}, tensor_view<float, 3>(mass, {1, 1, 1}),
+                     ctx);
+    });
+  };
+  float mass = 0;
+  EXPECT_EQ(write_to(&mass), errc::ok);
+  EXPECT_EQ(write_to(reinterpret_cast<float*>(lengths.data())), errc::stride);
+}
 #endif
 
 }  // namespace
