@@ -161,6 +161,7 @@ TEST(NarrowingToHalf, OfRowsThatTurnInMemoryIsRefused) {
 
 // Queries that are rounded to bfloat16 for products of pairs: the largest floats stay finite.
 TEST(NarrowingToBfloat16, OfQueriesHoldsTheLargestFloats) {
+  if (!detail::has_dot<Eigen::bfloat16>) GTEST_SKIP() << "no products of pairs in this instruction set";
   for (const index_t channels : {16, 21}) {  // whole packets, and a rest
     std::vector<float> q(static_cast<std::size_t>(channels), 0.0f), out(1);
     std::vector<Eigen::bfloat16> k(static_cast<std::size_t>(2 * channels), Eigen::bfloat16(0.0f)), v(2);
