@@ -155,11 +155,7 @@ class draft_rules final : public row_rules<A> {
   [[nodiscard]] std::uint64_t visible_bits(std::uint64_t bits, const row_index& row, index_t first_key) const override {
     bits = own_.visible_bits(bits, row, first_key);
     if (!masks_.hides_in(row.batch)) return bits;
-    std::uint64_t seen = 0;
-    for_each_bit(bits, [&](index_t c) {
-      if (masks_.visible(row, first_key + c)) seen |= std::uint64_t{1} << c;
-    });
-    return seen;
+    return bits_where(bits, [&](index_t c) { return masks_.visible(row, first_key + c); });
   }
   [[nodiscard]] key_range keys(key_range queries) const override { return own_.keys(queries); }
   void score(A* s, std::uint64_t bits, const row_index& row, index_t first_key) const override {
@@ -175,7 +171,8 @@ class draft_rules final : public row_rules<A> {
                                             const batch_options& options, const attention_options& common) noexcept {
   if (const auto f = kv.find_fault()) return f;
   const index_t total = call.q.extents[1];
-  const call_shape of_rows{1, total, kv.kv_len(), call.q.extents[2], kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  call_shape of_rows = shape_of(total, call.q.extents[2], kv);
+  of_rows.batch = 1;
   if (const auto f = find_shape_fault(call.q, call.out, of_rows)) return f;
   if (const auto f = find_ragged_fault(ragged, total, kv)) return f;
   if (options.common.mask || options.common.bias || !options.common.query_offsets.empty())
@@ -269,23 +266,22 @@ void attend_batch(const Queries& q, const ragged_rows& ragged, const tile_source
 }
 
 /// All that is wrong with a batch.
-template <class Queries, class P, class Out>
-[[nodiscard]] fault find_whole_batch_fault(const Queries& q, const ragged_rows& ragged, const tile_source<P>& kv,
-                                           const Out& out, const batch_options& options,
-                                           const row_rules<accumulator_t<P>>& rules) {
+template <class A, class Queries, class Out>
+[[nodiscard]] fault find_whole_batch_fault(const Queries& q, const ragged_rows& ragged, const key_source& kv,
+                                           const Out& out, const batch_options& options, const row_rules<A>& rules) {
   const attention_options common = common_of(options);
-  if (const auto f = find_batch_fault(describe_call(rows_of(q), out), ragged, kv, options, common)) return f;
+  const call_operands operands = describe_call(rows_of(q), out);
+  if (const auto f = find_batch_fault(operands, ragged, kv, options, common)) return f;
   if (const auto f = find_turns_fault(q)) return f;
   reporting_vector<draft_masks::place> places;
   if (!places.resize(places_of(options, ragged))) return make_room_fault("places of sequences");
   fault found;
-  with_drafts<accumulator_t<P>>(ragged, kv, options, common, rules, {places.data(), places.size()},
-                                [&](const attention_options& of_all, const row_rules<accumulator_t<P>>& all_rules) {
-                                  auto call = problem_of<accumulator_t<P>>(q, kv, out, of_all);
-                                  call.ragged = ragged;
-                                  call.shape.batch = static_cast<index_t>(ragged.sequences.size());
-                                  found = find_gone_fault(call, kv, all_rules);
-                                });
+  with_drafts<A>(ragged, kv, options, common, rules, {places.data(), places.size()},
+                 [&](const attention_options& of_all, const row_rules<A>& all_rules) {
+                   call_geometry call{shape_of(operands.q.extents[1], operands.q.extents[2], kv), of_all, ragged};
+                   call.shape.batch = static_cast<index_t>(ragged.sequences.size());
+                   found = find_gone_fault(call, kv, all_rules);
+                 });
   return found;
 }
 
@@ -324,14 +320,12 @@ template <class Q, class KV, class Out, class Variant>
 [[nodiscard]] errc check_batch(Q&& q, std::span<const index_t> q_offsets, const KV& kv,
                                std::span<const sequence_id> sequences, Out&& out, const batch_options& options,
                                const Variant& variant) {
-  using P = typename KV::panel_element;
-  return with_batch(std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
-                    [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
-                      const tile_source<P>& source = adapt(kv);
-                      return find_whole_batch_fault<std::remove_cvref_t<decltype(queries)>, P>(
-                                 queries, ragged, source, to, options, rules_of<accumulator_t<P>>(variant))
-                          .code;
-                    });
+  using A = accumulator_t<typename KV::panel_element>;
+  return with_batch(
+      std::forward<Q>(q), q_offsets, sequences, std::forward<Out>(out), options,
+      [&](const auto& queries, const ragged_rows& ragged, const auto& to) {
+        return find_whole_batch_fault<A>(queries, ragged, adapt_keys(kv), to, options, rules_of<A>(variant)).code;
+      });
 }
 
 }  // namespace GQA_ISA

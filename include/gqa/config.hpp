@@ -78,7 +78,8 @@
 
 #if defined(__GNUC__)
 #define GQA_INLINE [[gnu::always_inline]] inline
-// Of what runs once a call, or never: kept apart and small, for copies of it at every call cost compilers their time.
+// For functions that run once a call, as its checks do: not inlined, and optimised for size, because copies of them at
+// every call are slow to compile.
 #define GQA_ONCE [[gnu::noinline, gnu::cold]]
 #else
 #define GQA_INLINE inline

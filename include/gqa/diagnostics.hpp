@@ -64,7 +64,7 @@ template <class R, class Q, class KV>
   if (const auto f = find_written_fault(to)) return f;
   // An output as the checks want to see one: never read or written.
   const tensor_view<R, 4> as_output(result.data(), {q.extent(0), q.extent(1), q.extent(2), kv.value_dim()});
-  const auto& source = adapt(kv);
+  const auto& source = adapt_keys(kv);
   if (const auto f = find_operands_fault(describe_call(q, as_output), source, options)) return f;
   if (const auto f = find_lse_fault(name, result, q)) return f;
   if (const auto f = find_overlap_fault(to, describe("q", q))) return f;

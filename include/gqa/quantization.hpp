@@ -239,14 +239,14 @@ void error_bound(Q&& q_in, const KV& kv, tensor_view<double, 3> bound, const att
   // What the checks of a call want to see: never read or written.
   const tensor_view<double, 4> as_output(bound.data(),
                                          {bound.extent(0), bound.extent(1), bound.extent(2), kv.value_dim()});
-  if (const auto f = detail::find_operands_fault(detail::describe_call(q, as_output), detail::adapt(kv), options))
+  const auto& source = detail::adapt_keys(kv);
+  if (const auto f = detail::find_operands_fault(detail::describe_call(q, as_output), source, options))
     return detail::raise(f);
   if (const auto f = detail::find_lse_fault("bound", bound, q)) return detail::raise(f);
   if (const auto f = detail::find_overlap_fault(detail::describe("bound", bound), detail::describe("q", q)))
     return detail::raise(f);
   const auto call = detail::problem_of<float>(q, kv, as_output, options);
-  if (const auto f = detail::find_gone_fault(call, detail::adapt(kv), detail::no_rules<float>()))
-    return detail::raise(f);
+  if (const auto f = detail::find_gone_fault(call, source, detail::no_rules<float>())) return detail::raise(f);
 
   detail::decoded_head head;
   detail::bounded_query query;

@@ -109,7 +109,7 @@ template <class Q, class T, class Out>
   attention_options seen = options;
   seen.causal = true;
   const streamed_window window(last_whole_position(ring), ring.window());
-  return find_gone_fault(problem_of<accumulator_t<T>>(q, ring, out, seen), adapt(ring),
+  return find_gone_fault(problem_of<accumulator_t<T>>(q, ring, out, seen), adapt_keys(ring),
                          rules_of<accumulator_t<T>>(window));
 }
 

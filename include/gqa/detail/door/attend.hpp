@@ -97,7 +97,7 @@ template <class Q, class Out>
   return o;
 }
 
-/// Outputs may not overlap inputs: find(output) for each of them.
+/// Calls find(output) for the log-sum-exp, where there is one, and the output; returns the first fault that it finds.
 template <class Find>
 [[nodiscard]] fault find_in_outputs(const call_operands& call, const Find& find) noexcept {
   if (call.lse) {
@@ -105,6 +105,7 @@ template <class Find>
   }
   return find(call.out);
 }
+/// Outputs may not overlap what is read.
 [[nodiscard]] GQA_ONCE inline fault find_overlap_with(const call_operands& call, const operand& read) noexcept {
   return find_in_outputs(call, [&](const operand& out) noexcept { return find_overlap_fault(out, read); });
 }
@@ -122,12 +123,17 @@ template <class Find>
   return find_in_options(options, [&](const operand& read) noexcept { return find_overlap_with(call, read); });
 }
 
+/// Extents of a call of q_len queries of q_heads heads over a source.
+template <class Source>
+[[nodiscard]] call_shape shape_of(index_t q_len, index_t q_heads, const Source& kv) noexcept {
+  return {kv.batch(), q_len, kv.kv_len(), q_heads, kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+}
+
 /// The source, extents, layouts and options of a call.
 [[nodiscard]] GQA_ONCE inline fault find_operands_fault(const call_operands& call, const key_source& kv,
                                                         const attention_options& options) noexcept {
   if (const auto f = kv.find_fault()) return f;
-  const call_shape shape{kv.batch(),    call.q.extents[1], kv.kv_len(),   call.q.extents[2],
-                         kv.kv_heads(), kv.head_dim(),     kv.value_dim()};
+  const call_shape shape = shape_of(call.q.extents[1], call.q.extents[2], kv);
   if (const auto f = find_shape_fault(call.q, call.out, shape)) return f;
   if (const auto f = find_options_fault(options, shape)) return f;
   for (index_t b = 0; b < shape.batch && !options.kv_lengths.empty(); ++b) {
@@ -146,7 +152,7 @@ template <class Find>
 template <class Q, class Source, class Out>
 [[nodiscard]] fault find_call_fault(const tensor_view<const Q, 4>& q, const Source& kv, const Out& out_or_state,
                                     const attention_options& options) noexcept {
-  return find_call_fault(describe_call(q, out_or_state), adapt(kv), options);
+  return find_call_fault(describe_call(q, out_or_state), adapt_keys(kv), options);
 }
 
 /// A call without its element types, with queries and weights held in L.
@@ -156,7 +162,7 @@ template <class L, class Queries, class Source, class Out>
   using A = accumulator_t<typename Source::panel_element>;
   const auto& rows = rows_of(q);
   problem<A, L> p;
-  p.shape = {kv.batch(), rows.extent(1), kv.kv_len(), rows.extent(2), kv.kv_heads(), kv.head_dim(), kv.value_dim()};
+  p.shape = shape_of(rows.extent(1), rows.extent(2), kv);
   p.options = options;
   p.q = query_rows<A, queries_of_left<L>>::of(q);
   const auto out = output_view(out_or_state);
@@ -208,19 +214,19 @@ requires(!std::derived_from<Variant, key_rules>)
 }
 
 /// All that is wrong with a call.
-template <class Queries, class P, class Out>
-[[nodiscard]] fault find_attention_fault(const Queries& q, const tile_source<P>& kv, const Out& out_or_state,
-                                         const attention_options& options, const row_rules<accumulator_t<P>>& rules) {
-  if (const auto f = find_call_fault(describe_call(rows_of(q), out_or_state), kv, options)) return f;
+template <class Queries, class Out>
+[[nodiscard]] fault find_attention_fault_of(const Queries& q, const key_source& kv, const Out& out_or_state,
+                                            const attention_options& options, const key_rules& rules) {
+  const call_operands call = describe_call(rows_of(q), out_or_state);
+  if (const auto f = find_call_fault(call, kv, options)) return f;
   if (const auto f = find_turns_fault(q)) return f;
-  return find_gone_fault(problem_of<accumulator_t<P>>(q, kv, out_or_state, options), kv, rules);
+  return find_gone_fault({shape_of(call.q.extents[1], call.q.extents[2], kv), options}, kv, rules);
 }
 template <class Queries, class Source, class Out, class Variant>
 [[nodiscard]] fault find_attention_fault(const Queries& q, const Source& kv, const Out& out_or_state,
                                          const attention_options& options, const Variant& variant) {
-  using P = typename Source::panel_element;
-  const tile_source<P>& source = adapt(kv);
-  return find_attention_fault<Queries, P>(q, source, out_or_state, options, rules_of<accumulator_t<P>>(variant));
+  using A = accumulator_t<typename Source::panel_element>;
+  return find_attention_fault_of(q, adapt_keys(kv), out_or_state, options, rules_of<A>(variant));
 }
 
 /// A checked call with queries and weights held in L.

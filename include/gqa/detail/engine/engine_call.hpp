@@ -35,7 +35,7 @@ inline namespace GQA_ISA {
 /// longer streams: a split's. Their scores take the place of a full row tile's.
 inline constexpr index_t run_tiles = split_tiles;
 
-/// Panels of P, queries and weights in L, everything else in A. All that it is made of outlives it.
+/// A call with panels of P, queries and weights in L, everything else in A. What it refers to outlives it.
 template <class P, class L>
 struct engine_call {
   using A = accumulator_t<P>;

@@ -25,7 +25,7 @@ struct row_tile {
   index_t g;
   index_t first, rows;  // rows [first, first + rows); of several members first is 0
 
-  /// Whose keys are read.
+  /// The sequence whose keys are read: members share those that they read together.
   [[nodiscard]] index_t b() const noexcept { return members.front(); }
 };
 
@@ -34,7 +34,7 @@ struct query_range {
   index_t first, last;
 };
 
-/// The rows of a call whose sequences have so many valid keys: lengths [batch]. Both outlive it.
+/// Numbers of the rows of a call. lengths [batch]: valid keys of each sequence. The call and they outlive it.
 class row_geometry {
  public:
   row_geometry(const call_geometry& call, const index_t* lengths) noexcept

@@ -39,10 +39,10 @@ class key_rules {
  public:
   [[nodiscard]] const rule_facts& about() const noexcept { return facts_; }
 
-  /// Whether keys of sequence b are hidden at all. Rows of one of which none are take the path, and have the bits, of a
-  /// call without rules.
+  /// Whether any key of sequence b is hidden. Where none is, the sequence's rows take the path of a call without rules,
+  /// and have its bits.
   [[nodiscard]] virtual bool hides_in([[maybe_unused]] index_t b) const { return facts_.hides; }
-  /// How much of a block is visible, as far as is known of all of it.
+  /// How much of a block is visible; `some` where the rules do not know.
   [[nodiscard]] virtual visibility visible([[maybe_unused]] const key_block& block) const {
     return facts_.hides ? visibility::some : visibility::all;
   }
@@ -51,14 +51,15 @@ class key_rules {
                                                    [[maybe_unused]] index_t first_key) const {
     return bits;
   }
-  /// Positions that hold all keys which queries at some positions see.
+  /// A range of key positions outside which queries at these positions see nothing.
   [[nodiscard]] virtual key_range keys([[maybe_unused]] key_range queries) const { return {0, 2 * position_limit}; }
-  /// The first tile of [tiles.begin, tiles.end) of which the rows of a KV head see some panels, and those, a bit each;
-  /// tiles.end and 0 if there is none.
+  /// A key tile, and the panels of it that rows see, a bit each.
   struct seen_panels {
     index_t tile;
     std::uint32_t panels;
   };
+  /// Of rules that show panels: the first of some tiles of which the rows of a KV head, whose first query head this is,
+  /// see a panel; {tiles.end, 0} if there is none.
   [[nodiscard]] virtual seen_panels find_panels([[maybe_unused]] index_t b, [[maybe_unused]] index_t first_head,
                                                 key_range tiles) const {
     return {tiles.begin, tiles.size() == 0 ? 0 : all_panels};
@@ -74,12 +75,12 @@ class key_rules {
   rule_facts facts_;
 };
 
-/// The same, and what becomes of scores. A: what they are computed in.
+/// Rules of keys and of scores. A: what scores are computed in.
 template <class A>
 class row_rules : public key_rules {
  public:
   [[nodiscard]] bool changes_scores() const noexcept { return changes_scores_; }
-  /// Of a row's scores s [64] with the keys from first_key on, those whose bits are set.
+  /// Replaces those of a row's scores s [64], of the keys from first_key on, whose bits are set.
   virtual void score([[maybe_unused]] A* s, [[maybe_unused]] std::uint64_t bits, [[maybe_unused]] const row_index& row,
                      [[maybe_unused]] index_t first_key) const {}
 
@@ -98,10 +99,17 @@ class row_rules : public key_rules {
 template <class A>
 class no_rules final : public row_rules<A> {};
 
-/// Calls f(c) for the columns of a row's 64 whose bits are set.
+/// Calls f(c) for each bit c that is set.
 template <class F>
 void for_each_bit(std::uint64_t bits, const F& f) {
   for (; bits != 0; bits &= bits - 1) f(index_t{std::countr_zero(bits)});
+}
+/// The bits c for which f(c) holds.
+template <class F>
+[[nodiscard]] std::uint64_t bits_where(std::uint64_t bits, const F& f) {
+  std::uint64_t kept = 0;
+  for_each_bit(bits, [&](index_t c) { kept |= std::uint64_t{f(c)} << c; });
+  return kept;
 }
 
 /// The rules of a user's variant (variants.hpp), which outlives them.
@@ -116,17 +124,14 @@ class adapted_variant final : public row_rules<A> {
     return key_rules::visible(block);
   }
   [[nodiscard]] std::uint64_t visible_bits(std::uint64_t bits, const row_index& row, index_t first_key) const override {
-    if (bits == 0) return 0;
-    if constexpr (hides_bits<Variant>)
+    if constexpr (hides_bits<Variant>) {
+      if (bits == 0) return 0;
       return bits & variant_.visible_bits(position{row.batch, row.q_head, row.position, first_key});
-    if constexpr (hides_keys<Variant> && !hides_bits<Variant>) {
-      std::uint64_t seen = 0;
-      for_each_bit(bits, [&](index_t c) {
-        if (sees(row, first_key + c)) seen |= std::uint64_t{1} << c;
-      });
-      return seen;
+    } else if constexpr (hides_keys<Variant>) {
+      return bits_where(bits, [&](index_t c) { return sees(row, first_key + c); });
+    } else {
+      return bits;
     }
-    return bits;
   }
   [[nodiscard]] key_range keys(key_range queries) const override {
     if constexpr (bounds_keys<Variant>) return variant_.keys(queries);
@@ -148,12 +153,12 @@ class adapted_variant final : public row_rules<A> {
     return about;
   }
   [[nodiscard]] bool sees(const row_index& row, index_t key) const {
-    if constexpr (hides_positions<Variant>) return variant_.visible(position{row.batch, row.q_head, row.position, key});
-    if constexpr (hides_blocks<Variant>) {  // a block of one pair
-      return variant_.visible(key_block{row.batch, row.q_head, row.q_head + 1, row.position, row.position + 1, key,
-                                        key + 1}) != visibility::none;
+    if constexpr (hides_positions<Variant>) {
+      return variant_.visible(position{row.batch, row.q_head, row.position, key});
+    } else {  // a block of one pair
+      const key_block pair{row.batch, row.q_head, row.q_head + 1, row.position, row.position + 1, key, key + 1};
+      return variant_.visible(pair) != visibility::none;
     }
-    return true;
   }
 
   const Variant& variant_;

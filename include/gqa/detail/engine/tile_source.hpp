@@ -3,9 +3,10 @@
 /// tile_source: keys and values as the engine reads them, whatever holds them: one of the two interfaces of the waist
 /// (row_rules.hpp is the other).
 ///
-/// All that a source may be able to do stands here, with what it means not to be. adapted_source (cache/) makes a
-/// tile_source of any kv_source; wrapped_source passes on all that another one can, so that a wrapper says only what it
-/// changes. Calls are made once per key tile of 64 tokens, or less often.
+/// This file lists every ability that a source may have, each with the default of a source that lacks it.
+/// adapted_source (cache/) makes a tile_source of any kv_source. wrapped_source forwards every ability to another
+/// source, so that a wrapper states only what it changes. The engine asks once per key tile of 64 tokens, or less
+/// often.
 #pragma once
 
 #include <array>
@@ -29,7 +30,8 @@
 namespace gqa::detail {
 inline namespace GQA_ISA {
 
-/// Rows of a key tile in memory, as strips of 16 tokens, each of which lie a stride apart.
+/// The rows of a key tile's keys and values where they lie in memory: strips of 16 tokens, whose rows are a stride
+/// apart.
 struct tile_strips {
   std::array<row_strip, tile_panels> k, v;
 };
@@ -48,7 +50,7 @@ struct source_facts {
   bool makes_tiles_in_cache = false;  ///< tile() is cheap enough to be called again by each row tile
 };
 
-/// What does not depend on the type of its panels.
+/// A source, but for its tiles, whose type depends on what panels hold.
 class key_source {
  public:
   [[nodiscard]] const source_facts& about() const noexcept { return facts_; }
@@ -61,7 +63,7 @@ class key_source {
 
   /// What is wrong with the source itself; where there is something, nothing else may be asked.
   [[nodiscard]] virtual fault find_fault() const noexcept = 0;
-  /// Whether an output shares memory with it.
+  /// A fault where an output shares memory with the source.
   [[nodiscard]] virtual fault find_overlap(const operand& out) const noexcept = 0;
   /// Whether there is a sequence of that number in [0, batch).
   [[nodiscard]] virtual bool has_sequence(index_t b) const noexcept = 0;
@@ -96,8 +98,8 @@ class key_source {
 template <class P>
 using dot_left = std::conditional_t<is_mixed<P>, lefts_of<P>, P>;
 
-/// The kernels that a source's memory allows beside those of row blocks; null where it does not. They come with it, so
-/// that a program compiles no others.
+/// The ways of reading that a source's memory allows beside row blocks: their kernels, or null. The adaptor of the
+/// source names them, so that a program compiles only those of its own sources.
 template <class P, class L>
 struct source_kernels {
   const stream_table<P, L>* tiles = nullptr;   // whole tiles as one stream
@@ -105,7 +107,7 @@ struct source_kernels {
   const strip_table<accumulator_t<P>, L>* strips = nullptr;
 };
 
-/// P: what panels hold.
+/// A source with its tiles. P: what panels hold.
 template <class P>
 class tile_source : public key_source {
  public:
@@ -136,7 +138,7 @@ class tile_source : public key_source {
   source_kernels<P, dot_left<P>> dot_kernels_;
 };
 
-/// A source made of another, which outlives it. What a wrapper does not say it passes on.
+/// A source made of another, which outlives it: every question that a wrapper does not answer itself goes there.
 template <class P>
 class wrapped_source : public tile_source<P> {
  public:
@@ -155,7 +157,7 @@ class wrapped_source : public tile_source<P> {
   }
 
  protected:
-  /// Of a source of other panels: its kernels are not ours.
+  /// Over a source of other panels, whose kernels do not fit ours; and over one of the same panels.
   explicit wrapped_source(const key_source& inner) noexcept : tile_source<P>(inner.about()), inner_(inner) {}
   explicit wrapped_source(const tile_source<P>& inner) noexcept : tile_source<P>(inner), inner_(inner) {}
   wrapped_source(const wrapped_source&) = default;

@@ -58,7 +58,7 @@ template <class P, class L, class A>
           .next = at_hand(tile)};
 }
 
-/// What row blocks ask for of the next tile while they compute, each a part, until they have asked for all of it.
+/// Divides the next tile among row blocks, each of which asks memory for its part while it computes.
 template <class P>
 class next_tile_reader {
   using A = accumulator_t<P>;
@@ -81,7 +81,7 @@ class next_tile_reader {
     const index_t keys = block * keys_, values = block * values_;
     if (keys >= all_keys_ && values >= all_values_) return at_hand(tile);
     if (scattered_) return {place_in(next.k, all_keys_, keys), place_in(next.v, all_values_, values)};
-    // Where values are made of keys, there are only those in memory.
+    // Where a tile's values are made from its keys, only keys are in memory, and both parts are of those.
     const index_t begin = has_keys_alone_ ? (std::min)(blocks * keys_, all_keys_) : all_keys_;
     return {{tile.next, keys}, {tile.next, begin + values}};
   }

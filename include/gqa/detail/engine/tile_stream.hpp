@@ -74,14 +74,15 @@ class tile_stream {
     attend_slots(t, {tile, all_panels}, {next, all_panels}, *call_.kernels.tiles, w, states);
   }
 
-  /// Panels of a tile, in those of its slots whose bits are set.
+  /// A tile, and the slots of it whose panels are seen, a bit each.
   struct slots_in {
     const kv_tile<P>& tile;
     std::uint32_t slots;
   };
 
-  /// Some panels of a tile, in slots as near to its front as their sums allow: where weights are summed in lanes, those
-  /// of even panels meet each other, and those of odd ones. A slot between has a panel that is read anyway.
+  /// The seen panels of a tile, moved to slots as near to the front as the order of sums allows: where weights are
+  /// summed in lanes, a panel of even number goes to an even slot, an odd one to an odd slot. A slot that is skipped so
+  /// holds the next panel, too, and is hidden.
   struct seen_slots {
     kv_tile<P> tile;
     std::uint32_t slots = 0;
@@ -102,7 +103,7 @@ class tile_stream {
     return seen;
   }
 
-  /// (What lies in other slots before the last one is computed, and hidden.)
+  /// Attends to the seen slots of a tile. Slots before the last seen one are computed with the others, and then hidden.
   void attend_slots(const row_tile& t, const slots_in& now, const slots_in& next, const stream_table<P, L>& kernels,
                     workspace<P, L>& w, const raw_states<A>& states) const noexcept {
     const auto rows = static_cast<std::size_t>(t.rows - 1);
@@ -145,10 +146,11 @@ class tile_stream {
     const auto slots_at = [&](const key_rules::seen_panels& seen) {
       return slots_of(call_.tile(t.b(), t.g, seen.tile, nullptr), seen.panels);
     };
-    for (key_rules::seen_panels at = find_from(tiles.begin); at.tile < tiles.end;) {
+    key_rules::seen_panels at = find_from(tiles.begin);
+    if (at.tile >= tiles.end) return;
+    for (seen_slots now = slots_at(at), next; at.tile < tiles.end; now = next) {
       const key_rules::seen_panels then = find_from(at.tile + 1);
-      const bool ends = then.tile >= tiles.end;
-      const seen_slots now = slots_at(at), next = ends ? now : slots_at(then);
+      next = then.tile < tiles.end ? slots_at(then) : now;
       // Whole tiles in a row are read as they follow in memory, as far as this split knows.
       const bool follows = at.panels == all_panels &&
                            (at.tile + 1 == tiles.end || (then.tile == at.tile + 1 && then.panels == all_panels));

@@ -107,7 +107,7 @@ class visible_keys {
         std::all_of(t.members.begin() + 1, t.members.end(), [&](index_t b) { return says_of(b) == first; });
     return agree ? first : visibility::some;
   }
-  /// The same of the rows of one sequence, `rows`, which has so many keys.
+  /// The same for rows of one sequence of `keys` keys; `rows` is their block (row_geometry::block_of).
   [[nodiscard]] visibility find_block_visible(key_block rows, index_t keys, key_range tiles) const {
     rows.key_begin = tiles.begin * tile_tokens, rows.key_end = (std::min)(tiles.end * tile_tokens, keys);
     return rules_.visible(rows);

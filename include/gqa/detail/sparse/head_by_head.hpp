@@ -50,15 +50,15 @@ class query_head_tiles final : public wrapped_source<P> {
 };
 
 /// All that is wrong with a call under a mask of lists (block_sparse.hpp).
-template <class Queries, class P, class Out, class Mask>
-[[nodiscard]] fault find_lists_fault_of(const Queries& q, const tile_source<P>& kv, const Out& out, const Mask& mask,
-                                        const attention_options& options) noexcept {
-  using A = accumulator_t<P>;
-  if (const auto f = find_attention_fault<Queries, P>(q, kv, out, options, rules_of<A>(mask))) return f;
-  const auto p = problem_of<A>(q, kv, out, options);
-  const call_shape& shape = p.shape;
+template <class Queries, class Out, class Mask>
+[[nodiscard]] fault find_lists_fault_of(const Queries& q, const key_source& kv, const Out& out, const Mask& mask,
+                                        const attention_options& options, const key_rules& rules) noexcept {
+  if (const auto f = find_attention_fault_of(q, kv, out, options, rules)) return f;
+  const auto& rows = rows_of(q);
+  const call_geometry call{shape_of(rows.extent(1), rows.extent(2), kv), options};
+  const call_shape& shape = call.shape;
   for (index_t b = 0; b < shape.batch; ++b) {
-    const index_t keys = p.length(kv, b), first = p.query_offset(b, keys);
+    const index_t keys = call.length(kv, b), first = call.query_offset(b, keys);
     if (const auto f = mask.find_fault(shape.batch, shape.q_heads, {first, first + shape.q_len}, keys)) return f;
   }
   return {};
@@ -66,9 +66,8 @@ template <class Queries, class P, class Out, class Mask>
 template <class Queries, class Source, class Out, class Mask>
 [[nodiscard]] fault find_lists_fault(const Queries& q, const Source& kv, const Out& out, const Mask& mask,
                                      const attention_options& options) noexcept {
-  using P = typename Source::panel_element;
-  const tile_source<P>& source = adapt(kv);
-  return find_lists_fault_of<Queries, P>(q, source, out, mask, options);
+  using A = accumulator_t<typename Source::panel_element>;
+  return find_lists_fault_of(q, adapt_keys(kv), out, mask, options, rules_of<A>(mask));
 }
 
 /// attention() under such a mask: by groups where a group's heads have one list, else head by head.
@@ -80,17 +79,17 @@ void attend_by_lists(const Queries& q, const Source& kv, const Out& out, const M
   using A = accumulator_t<P>;
   require_dtypes<Q, Source, typename decltype(output_view(out))::value_type>();
   const tile_source<P>& source = adapt(kv);
-  if (const auto f = find_lists_fault_of<Queries, P>(q, source, out, mask, options)) return raise(f);
-  const auto p = problem_of<A>(q, source, out, options);
-  const call_shape& shape = p.shape;
-  bool shares_lists = true;
-  for (index_t g = 0; g < shape.kv_heads; ++g)
-    shares_lists = shares_lists && mask.has_one_list({p.first_head(g), p.first_head(g) + p.group_size(g)});
   const auto& rules = rules_of<A>(mask);
+  if (const auto f = find_lists_fault_of(q, source, out, mask, options, rules)) return raise(f);
+  const auto& rows = rows_of(q);
+  const call_geometry call{shape_of(rows.extent(1), rows.extent(2), source), options};
+  bool shares_lists = true;
+  for (index_t g = 0; g < call.shape.kv_heads; ++g)
+    shares_lists = shares_lists && mask.has_one_list({call.first_head(g), call.first_head(g) + call.group_size(g)});
   if (shares_lists) return attend_checked<Queries, P>(q, source, out, options, {}, rules, ctx);
   attention_options of_heads = options;
   of_heads.group_offsets = {};
-  const query_head_tiles<P> heads(source, shape.q_heads, options.group_offsets);
+  const query_head_tiles<P> heads(source, call.shape.q_heads, options.group_offsets);
   attend_checked<Queries, P>(q, heads, out, of_heads, {}, rules, ctx);
 }
 
